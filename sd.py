@@ -1,0 +1,1481 @@
+"""Stable Diffusion, from the sentence to the picture, in one file.
+
+    python sd.py --prompt "a red house on the grass at sunset" --seed 42
+
+Everything the picture depends on is here, and nothing is imported but MLX, NumPy, safetensors,
+regex and Pillow. Not here: training, and other people's file formats. convert_weights.py reads
+those once and writes a flat file, so that this file knows one set of names and one layout.
+
+    "a red house ..."                                noise x  (b, 64, 64, 4)
+          |  1 tokenizer                               |
+    77 token ids                                       v
+          |  3 CLIP                          +--> 4 UNet: which part of x is noise?
+          v                                  |         |  eps  (b, 64, 64, 4)
+    context (b, 77, 768) ------------------->|         v
+                                             +--- 6 PLMS: take some of it away,   50 times
+                                                       |
+    picture (b, 512, 512, 3) <--- 5 VAE decoder <------+
+
+The sizes are those of Stable Diffusion 1.x for a 512 x 512 picture. Versions 2.x and the miniature
+that comes with this file are the same code with other numbers.
+
+Letters, the same throughout:
+    b      pictures in the batch; inside the UNet twice that, without and with the prompt
+    h, w   height and width of the latents, 1/8 of the picture's: 64, 64
+    n, m   how many vectors attention looks at: 77 tokens, or h*w positions
+    c, d   channels; channels of one attention head, d = c / heads
+    t      the timestep: 999 is nearly all noise, 0 nearly none
+    abar   "alpha bar", the share of the signal's variance left at t: 0.9991 at 0, 0.0047 at 999
+    x      the latents at time t.  x0: the clean ones.  eps: the noise in x
+    cfg    guidance: how far to go from eps without the prompt to eps with it, and beyond
+
+How to read: part I, sections 1 to 7, is Stable Diffusion; stop there and you have seen all of it.
+Part III holds no diffusion. (Part II, the variations, has no sections yet.)
+
+I    1 Tokenizer   2 Layers   3 CLIP   4 UNet   5 VAE   6 Schedule, DDIM, PLMS   7 Text to image
+III  8 Random numbers   9 The same, faster on a CPU   10 Command line
+
+[1] Rombach et al. 2022, arXiv 2112.10752 (latent diffusion)   [2] Ho et al. 2020, 2006.11239 (DDPM)
+[3] Song et al. 2021, 2010.02502 (DDIM)                        [4] Liu et al. 2022, 2202.09778 (PLMS)
+[5] Radford et al. 2021, 2103.00020 (CLIP)                     [6] Ho, Salimans 2022, 2207.12598 (cfg)
+[7] Salimans, Ho 2022, 2202.00512 (v-prediction)
+Files named below, such as ldm/modules/attention.py, are those of the original code, CompVis'
+stable-diffusion.
+"""
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "mlx; sys_platform == 'darwin'",
+#     "mlx[cpu]; sys_platform == 'linux'",
+#     "numpy",
+#     "safetensors",
+#     "regex",
+#     "pillow",
+# ]
+# ///
+
+import argparse
+import functools
+import itertools
+import json
+import math
+import os
+import sys
+import time
+import unicodedata
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import mlx.core as mx  # arrays, on a GPU where there is one
+import numpy as np  # the noise, and the fast paths on a CPU
+import regex  # like re, but knows which characters of the world are letters: \p{L}
+from mlx import nn  # Module: a tree of arrays that knows their names; no layer of it is used
+from mlx.utils import tree_flatten
+from PIL import Image, PngImagePlugin  # pictures as files
+from safetensors import SafetensorError, safe_open  # checks a file's header before MLX reads it
+
+# =================================================================================== I. The picture
+
+# %% 1. Tokenizer ----------------------------------------------------------------------------------
+# Cuts a sentence into pieces the text model has a vector for, and numbers them.
+#
+#   in   "a red house"           out   77 ids: [49406, 320, 736, 1212, 49407, 49407, ...]
+#
+# Common words are one piece, rare ones several. The pieces were found on a large text by starting
+# from single bytes and gluing the most frequent neighbours together, 48,894 times; that list of
+# merges is all the tokenizer knows. Three things to watch:
+#
+#   - It works on bytes, so nothing in any script can be unknown. Each byte is written as one
+#     printable character to make the merges a readable text file.
+#   - "</w>" marks the end of a word: "house</w>" is the word, "house" the start of "houseboat".
+#   - The result is always 77 long. What is left over after the end of the sentence is filled up
+#     with one id, and the UNet looks at those places too, so it must be the id used in training:
+#     the end mark again in Stable Diffusion 1.x, 0 in 2.x.
+#
+# Source: clip/simple_tokenizer.py of OpenAI's CLIP [5]; where its versions differ (they clean text
+# up in different ways) this is the one of the transformers library.
+
+START, END = 49406, 49407
+WORDS = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+
+
+def byte_letters():
+    """-> {byte: printable character}. 188 bytes stand for themselves, the others get a stand-in."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {byte: chr(byte) for byte in printable}
+    return letters | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+class Tokenizer:
+    """CLIP's byte pair encoding. merges: text, one merge per line; pad: the id that fills up."""
+
+    def __init__(self, merges, pad=END):
+        self.pad = pad
+        self.letters = byte_letters()
+        merges = [tuple(line.split(" ")) for line in merges.splitlines()]
+        self.ranks = {pair: rank for rank, pair in enumerate(merges)}  # which pair is glued first
+        letters = list(self.letters.values())
+        words = letters + [x + "</w>" for x in letters] + ["".join(pair) for pair in merges]
+        self.ids = {word: i for i, word in enumerate(words)}
+        self.bpe = functools.lru_cache(maxsize=10_000)(self.bpe)
+
+    def bpe(self, word):
+        """Glue letters together, best-known pair first, until no known pair is left.
+
+        bpe("house")       ->  ("house</w>",)
+        bpe("lighthouse")  ->  ("lighthouse</w>",)
+        bpe("househunter") ->  ("house", "hunter</w>")
+        """
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        while len(pieces) > 1:
+            pairs = itertools.pairwise(pieces)
+            best = min(pairs, key=lambda pair: self.ranks.get(pair, len(self.ranks)))
+            if best not in self.ranks:
+                break
+            glued, i = [], 0
+            while i < len(pieces):
+                here = tuple(pieces[i : i + 2]) == best
+                glued.append(pieces[i] + pieces[i + 1] if here else pieces[i])
+                i += 2 if here else 1
+            pieces = glued
+        return tuple(pieces)
+
+    def words(self, text):
+        """Text -> [(word, its pieces, their ids)], neither padded nor cut.
+
+        words("Two cats")  ->  [("two", ("two</w>",), [1237]), ("cats", ("cats</w>",), [3989])]
+        """
+        found = []
+        for part in regex.split(r"(<\|startoftext\|>|<\|endoftext\|>)", text):
+            if part in ("<|startoftext|>", "<|endoftext|>"):  # written out, they are the marks
+                found.append((part, (part,), [START if part == "<|startoftext|>" else END]))
+                continue
+            # Lower case letter by letter: str.lower() would look at neighbours (Greek sigma).
+            text = unicodedata.normalize("NFC", part)
+            text = "".join(letter.lower() for letter in text)
+            for word in WORDS.findall(text):
+                letters = (self.letters[byte] for byte in word.encode(errors="replace"))
+                pieces = self.bpe("".join(letters))
+                found.append((word, pieces, [self.ids[piece] for piece in pieces]))
+        return found
+
+    def encode(self, text):
+        """Text -> list of 77 ids: START, at most 75 pieces, END, and the pad id as often as needed."""
+        ids = [i for _, _, ids in self.words(text) for i in ids][:75]
+        return [START, *ids, END] + [self.pad] * (75 - len(ids))
+
+    def unread(self, text):
+        """The pieces beyond the 75th, which encode() drops, as text; "" if there are none."""
+        pieces = [piece for _, pieces, _ in self.words(text) for piece in pieces][75:]
+        back = {letter: byte for byte, letter in self.letters.items()}
+        written = "".join(pieces).replace("</w>", " ")
+        return bytes(back.get(x, 32) for x in written).decode(errors="replace").strip()
+
+
+# %% 2. Layers -------------------------------------------------------------------------------------
+# What the three networks are made of: eight functions, and small classes that keep their weights.
+#
+# Arrays are (b, n, c) for sequences and (b, h, w, c) for pictures: channels last, as MLX wants
+# them. PyTorch has (b, c, h, w); its convolution weights (out, in, kh, kw) are (out, kh, kw, in)
+# here. With channels last a 1 x 1 convolution is a Linear, and is stored as one.
+#
+# Watch the epsilons. GroupNorm uses 1e-6 in the VAE and in front of each transformer, but 1e-5 in
+# the UNet's residual blocks; LayerNorm 1e-5. Ports that trust a library's default differ.
+
+
+def linear(x, weight, bias=None):  # (..., c), (o, c), (o,) -> (..., o)
+    y = x @ weight.T
+    return y if bias is None else y + bias
+
+
+def conv2d(x, weight, bias, stride=1, padding=1):  # (b, h, w, c), (o, k, k, c) -> (b, h', w', o)
+    """Slide a k x k window over the picture; each place becomes o weighted sums of what it sees."""
+    return mx.conv2d(x, weight, stride, padding) + bias
+
+
+def group_norm(x, weight, bias, groups, eps):  # (b, h, w, c) -> same
+    """Give each group of c / groups channels mean 0 and variance 1, over the whole picture."""
+    b, h, w, c = x.shape
+    y = x.astype(mx.float32).reshape(b, h * w, groups, c // groups)
+    y = (y - y.mean((1, 3), keepdims=True)) * mx.rsqrt(y.var((1, 3), keepdims=True) + eps)
+    return y.reshape(b, h, w, c).astype(x.dtype) * weight + bias
+
+
+def layer_norm(x, weight, bias):  # (b, n, c) -> same
+    """Give each vector mean 0 and variance 1."""
+    y = x.astype(mx.float32)
+    y = (y - y.mean(-1, keepdims=True)) * mx.rsqrt(y.var(-1, keepdims=True) + 1e-5)
+    return y.astype(x.dtype) * weight + bias
+
+
+def attention(q, k, v, heads, causal=False):  # (b, n, c), (b, m, c), (b, m, c) -> (b, n, c)
+    """Let each of n positions ask a question of m others and mix their answers.
+
+        softmax(Q K^T / sqrt(d)) V        for each head, on its own d of the c channels
+
+    causal: position i may look at positions 0 ... i only (m = n).
+    """
+    b, n, c = q.shape
+    d = c // heads
+    q, k, v = (y.reshape(b, -1, heads, d).transpose(0, 2, 1, 3) for y in (q, k, v))
+    # d products of unit variance add up to variance d. Without the division the softmax would see
+    # numbers so far apart that one position wins and the others get nothing.
+    scores = (q * d**-0.5) @ k.transpose(0, 1, 3, 2)  # (b, heads, n, m)
+    if causal:
+        later = mx.arange(n)[:, None] < mx.arange(n)
+        scores = mx.where(later, -mx.inf, scores)  # exp(-inf) = 0: exactly no answer
+    weights = mx.softmax(scores, axis=-1, precise=True)  # each row sums to 1
+    return (weights @ v).transpose(0, 2, 1, 3).reshape(b, n, c)
+
+
+def silu(x):
+    return x * mx.sigmoid(x)
+
+
+def gelu(x):
+    """x times the chance that a normal random number is smaller than x."""
+    return x * (1 + mx.erf(x / math.sqrt(2))) / 2
+
+
+def quick_gelu(x):
+    """What CLIP was trained with in place of gelu, being faster then; up to 0.02 off."""
+    return x * mx.sigmoid(1.702 * x)
+
+
+class Linear(nn.Module):
+    def __init__(self, c_in, c_out, bias=True):
+        super().__init__()
+        self.weight = mx.zeros((c_out, c_in))
+        if bias:
+            self.bias = mx.zeros((c_out,))
+
+    def __call__(self, x):
+        return linear(x, self.weight, self.get("bias"))
+
+
+class Conv(nn.Module):
+    """3 x 3 convolution. With stride 1 and padding 1 the picture keeps its size."""
+
+    def __init__(self, c_in, c_out, stride=1, padding=1):
+        super().__init__()
+        self.weight = mx.zeros((c_out, 3, 3, c_in))
+        self.bias = mx.zeros((c_out,))
+        self.stride, self.padding = stride, padding
+
+    def __call__(self, x):
+        return conv2d(x, self.weight, self.bias, self.stride, self.padding)
+
+
+class GroupNorm(nn.Module):
+    def __init__(self, c, groups, eps):
+        super().__init__()
+        self.weight, self.bias = mx.ones((c,)), mx.zeros((c,))
+        self.groups, self.eps = groups, eps
+
+    def __call__(self, x):
+        return group_norm(x, self.weight, self.bias, self.groups, self.eps)
+
+
+class LayerNorm(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.weight, self.bias = mx.ones((c,)), mx.zeros((c,))
+
+    def __call__(self, x):
+        return layer_norm(x, self.weight, self.bias)
+
+
+class Embedding(nn.Module):
+    """A table of vectors: ids (b, n) -> (b, n, c)."""
+
+    def __init__(self, rows, c):
+        super().__init__()
+        self.weight = mx.zeros((rows, c))
+
+    def __call__(self, ids):
+        return self.weight[ids]
+
+
+class Attention(nn.Module):
+    """Attention with its four matrices; all three networks use it. (ldm/modules/attention.py:152)
+
+    attention(x) is self-attention: the positions of x look at each other, m = n.
+    attention(x, context) is cross-attention: those of x look at context, m = 77. c_context: its width.
+    """
+
+    def __init__(self, c, heads, c_context=None, bias=False):
+        super().__init__()
+        self.heads = heads
+        self.to_q = Linear(c, c, bias)
+        self.to_k = Linear(c_context or c, c, bias)
+        self.to_v = Linear(c_context or c, c, bias)
+        self.to_out = Linear(c, c)
+
+    def __call__(self, x, context=None, causal=False):
+        context = x if context is None else context
+        y = attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads, causal)
+        return self.to_out(y)
+
+
+# %% 3. CLIP ---------------------------------------------------------------------------------------
+# Turns the ids into one vector per token that says what the token means in this sentence.
+#
+#   in   ids (b, 77)           out   context (b, 77, 768)
+#
+# A transformer: look up a vector for each id and add one for its place; then, twelve times, let
+# each token look at the ones before it (attention) and think about what it saw (a small network on
+# each vector alone). It was trained together with a model for pictures until matching pairs of
+# pictures and captions came out alike [5]; that is why its vectors speak of what can be seen.
+#
+# Watch: a token sees only those before it (causal). So the vector of "house" in "red house" knows
+# about red, and the padding behind the sentence knows all of it; the UNet uses both.
+# Stable Diffusion 2.x uses a larger CLIP, and leaves its last layer out: that one was trained to
+# sum up, the one before still describes. The converter drops the layer; nothing here knows of it.
+
+
+class TextLayer(nn.Module):
+    def __init__(self, c, heads, activation):
+        super().__init__()
+        self.activation = activation
+        self.norm1 = LayerNorm(c)
+        self.attention = Attention(c, heads, bias=True)
+        self.norm2 = LayerNorm(c)
+        self.fc1 = Linear(c, 4 * c)
+        self.fc2 = Linear(4 * c, c)
+
+    def __call__(self, x):
+        x = x + self.attention(self.norm1(x), causal=True)
+        y = self.fc1(self.norm2(x))
+        y = quick_gelu(y) if self.activation == "quick_gelu" else gelu(y)
+        return x + self.fc2(y)
+
+
+class TextEncoder(nn.Module):
+    """CLIP's text model: ids (b, 77) -> context (b, 77, width)."""
+
+    def __init__(self, width, layers, heads, activation, vocabulary):
+        super().__init__()
+        self.token_embedding = Embedding(vocabulary, width)
+        self.position_embedding = Embedding(77, width)
+        self.layers = [TextLayer(width, heads, activation) for _ in range(layers)]
+        self.norm = LayerNorm(width)
+
+    def __call__(self, ids):
+        x = self.token_embedding(ids) + self.position_embedding.weight  # (b, 77, 768)
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)
+
+
+# %% 4. UNet ---------------------------------------------------------------------------------------
+# The only network that ever sees noise. Given latents x, the time t at which they were spoiled and
+# the sentence, it answers one question: which part of x is noise?
+#
+#   in   x (b, h, w, 4)    t    context (b, 77, 768)          out   eps (b, h, w, 4)
+#
+# It is a U: four floors down, each half as wide, then four floors up, and on the way up every
+# floor is handed what was there on the way down. Going down is how it sees the whole picture at
+# once; what is handed over is how it still knows where the edges were.
+#
+# Three things enter on each floor: the latents by convolution (Res), the time by addition, as a
+# bias per channel (Res), the sentence by cross-attention (Attend). Nothing else connects them.
+#
+# Nine tenths of the time of making a picture are spent in this network.
+
+
+def time_features(t, c):
+    """A number as a vector of c waves: cosines, then sines, of t times 1 ... 1/10000.
+
+    t (b,) -> (b, c). A network reads "which step of the fast wave, which of the slow one" more
+    easily than one number from 0 to 999, as we read a clock. (diffusionmodules/util.py:151)
+    """
+    speed = mx.exp(-math.log(10000) * mx.arange(c // 2) / (c // 2))
+    angle = t[:, None] * speed
+    return mx.concatenate([mx.cos(angle), mx.sin(angle)], axis=-1)
+
+
+class Res(nn.Module):
+    """Residual block: x plus what two convolutions make of it. (openaimodel.py:163)
+
+    The UNet tells it the time; the VAE, which uses it too, has none (c_time=None).
+    """
+
+    def __init__(self, c_in, c_out, groups, eps, c_time=None):
+        super().__init__()
+        self.norm1 = GroupNorm(c_in, groups, eps)
+        self.conv1 = Conv(c_in, c_out)
+        if c_time is not None:
+            self.time = Linear(c_time, c_out)
+        self.norm2 = GroupNorm(c_out, groups, eps)
+        self.conv2 = Conv(c_out, c_out)
+        if c_in != c_out:
+            self.shortcut = Linear(c_in, c_out)
+
+    def __call__(self, x, time=None):
+        y = self.conv1(silu(self.norm1(x)))
+        if time is not None:
+            y = y + self.time(silu(time))[:, None, None, :]
+        y = self.conv2(silu(self.norm2(y)))
+        return (self.shortcut(x) if "shortcut" in self else x) + y
+
+
+class Attend(nn.Module):
+    """Transformer block: look at the picture, look at the sentence, think. (attention.py:196, 218)
+
+    The picture is read as a sequence: n = h * w positions, each a vector of c channels.
+    """
+
+    def __init__(self, c, heads, groups, c_context):
+        super().__init__()
+        self.norm = GroupNorm(c, groups, eps=1e-6)
+        self.proj_in = Linear(c, c)
+        self.norm1 = LayerNorm(c)
+        self.attn1 = Attention(c, heads)
+        self.norm2 = LayerNorm(c)
+        self.attn2 = Attention(c, heads, c_context)
+        self.norm3 = LayerNorm(c)
+        self.ff_in = Linear(c, 8 * c)
+        self.ff_out = Linear(4 * c, c)
+        self.proj_out = Linear(c, c)
+
+    def __call__(self, x, context):
+        b, h, w, c = x.shape
+        y = self.proj_in(self.norm(x).reshape(b, h * w, c))  # (b, n, c)
+        y = y + self.attn1(self.norm1(y))
+        y = y + self.attn2(self.norm2(y), context)
+        # GEGLU: one half of the channels says what, the other how much of it (attention.py:37).
+        what, how_much = mx.split(self.ff_in(self.norm3(y)), 2, axis=-1)  # (b, n, 4c) each
+        y = y + self.ff_out(what * gelu(how_much))
+        return x + self.proj_out(y).reshape(b, h, w, c)
+
+
+class Halve(nn.Module):
+    """Half the height and width, by a convolution that takes every second step."""
+
+    def __init__(self, c, padding=1):
+        super().__init__()
+        self.conv = Conv(c, c, stride=2, padding=padding)
+
+    def __call__(self, x):
+        return self.conv(x)
+
+
+class Double(nn.Module):
+    """Twice the height and width: every pixel becomes 2 x 2, then a convolution smooths them."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv = Conv(c, c)
+
+    def __call__(self, x):
+        return self.conv(mx.repeat(mx.repeat(x, 2, axis=1), 2, axis=2))
+
+
+class UNet(nn.Module):
+    """x (b, h, w, 4), t a number, context (b, 77, c_context) -> (b, h, w, 4). (openaimodel.py:413)
+
+    widths: the channels of the four floors; heads: of attention on each (there is none on the
+    last floor but in its middle). The tables' rows are the original's input_blocks, middle_block
+    and output_blocks. h and w must be multiples of 8.
+    """
+
+    def __init__(self, widths, heads, groups, context):
+        super().__init__()
+        c1, c2, c3, c4 = widths
+        h1, h2, h3, h4 = heads
+        c_time = 4 * c1
+
+        def res(c_in, c_out):
+            return Res(c_in, c_out, groups, 1e-5, c_time)
+
+        def attend(c, heads):
+            return Attend(c, heads, groups, context)
+
+        self.time1 = Linear(c1, c_time)
+        self.time2 = Linear(c_time, c_time)
+        # fmt: off
+        self.down = [                           # what is there after this row, and kept for the way up
+            [Conv(4, c1)],                                          # 64 x 64 x  320
+            [res(c1, c1), attend(c1, h1)],                          # 64 x 64 x  320
+            [res(c1, c1), attend(c1, h1)],                          # 64 x 64 x  320
+            [Halve(c1)],                                            # 32 x 32 x  320
+            [res(c1, c2), attend(c2, h2)],                          # 32 x 32 x  640
+            [res(c2, c2), attend(c2, h2)],                          # 32 x 32 x  640
+            [Halve(c2)],                                            # 16 x 16 x  640
+            [res(c2, c3), attend(c3, h3)],                          # 16 x 16 x 1280
+            [res(c3, c3), attend(c3, h3)],                          # 16 x 16 x 1280
+            [Halve(c3)],                                            #  8 x  8 x 1280
+            [res(c3, c4)],                                          #  8 x  8 x 1280
+            [res(c4, c4)],                                          #  8 x  8 x 1280
+        ]
+        self.middle = [res(c4, c4), attend(c4, h4), res(c4, c4)]    #  8 x  8 x 1280
+        self.up = [                             # what comes in = from below + from the way down
+            [res(c4 + c4, c4)],                                     #  8 x  8 x 1280
+            [res(c4 + c4, c4)],                                     #  8 x  8 x 1280
+            [res(c4 + c3, c4), Double(c4)],                         # 16 x 16 x 1280
+            [res(c4 + c3, c3), attend(c3, h3)],                     # 16 x 16 x 1280
+            [res(c3 + c3, c3), attend(c3, h3)],                     # 16 x 16 x 1280
+            [res(c3 + c2, c3), attend(c3, h3), Double(c3)],         # 32 x 32 x 1280
+            [res(c3 + c2, c2), attend(c2, h2)],                     # 32 x 32 x  640
+            [res(c2 + c2, c2), attend(c2, h2)],                     # 32 x 32 x  640
+            [res(c2 + c1, c2), attend(c2, h2), Double(c2)],         # 64 x 64 x  640
+            [res(c2 + c1, c1), attend(c1, h1)],                     # 64 x 64 x  320
+            [res(c1 + c1, c1), attend(c1, h1)],                     # 64 x 64 x  320
+            [res(c1 + c1, c1), attend(c1, h1)],                     # 64 x 64 x  320
+        ]
+        # fmt: on
+        self.norm_out = GroupNorm(c1, groups, eps=1e-5)
+        self.conv_out = Conv(c1, 4)
+
+    def __call__(self, x, t, context):
+        t = mx.broadcast_to(mx.array(t, dtype=mx.float32), (len(x),))
+        time = time_features(t, self.time1.weight.shape[1]).astype(x.dtype)  # (b, 320)
+        time = self.time2(silu(self.time1(time)))  # (b, 1280)
+
+        def run(row, x):
+            for layer in row:
+                if isinstance(layer, Res):
+                    x = layer(x, time)
+                elif isinstance(layer, Attend):
+                    x = layer(x, context)
+                else:
+                    x = layer(x)
+            return x
+
+        kept = []
+        for row in self.down:
+            x = run(row, x)
+            kept.append(x)
+        x = run(self.middle, x)
+        for row in self.up:
+            x = run(row, mx.concatenate([x, kept.pop()], axis=-1))
+        return self.conv_out(silu(self.norm_out(x)))
+
+
+# %% 5. VAE ----------------------------------------------------------------------------------------
+# An autoencoder: between the picture and the latents, 1/8 of its height and width, 4 numbers a place.
+#
+#   encode   picture (b, 512, 512, 3) in [-1, 1]  ->  latents (b, 64, 64, 4)
+#   decode   latents (b, 64, 64, 4)               ->  picture (b, 512, 512, 3), about [-1, 1]
+#
+# This is what "latent diffusion" [1] means: 48 times fewer numbers, and the UNet need not care
+# about texture that the decoder can make up. Text to image uses the decoder alone.
+#
+# The encoder answers with a mean and a variance per number, as a variational autoencoder does;
+# the variances are tiny, and the mean is what most uses want. Latents are multiplied by a scale,
+# 0.18215, outside these networks, which makes their variance about 1, like the noise's.
+#
+# As in the original: before it halves, the encoder pads only below and on the right, by (0, 1);
+# the UNet pads all four sides. Padding 1 all round gives the same shapes and other numbers.
+# (ldm/modules/diffusionmodules/model.py:60, 368, 462)
+
+
+class AttendVAE(nn.Module):
+    """Self-attention over all positions, with one head as wide as c."""
+
+    def __init__(self, c, groups):
+        super().__init__()
+        self.norm = GroupNorm(c, groups, eps=1e-6)
+        self.attention = Attention(c, heads=1, bias=True)
+
+    def __call__(self, x):
+        b, h, w, c = x.shape
+        return x + self.attention(self.norm(x).reshape(b, h * w, c)).reshape(b, h, w, c)
+
+
+class HalveVAE(Halve):
+    def __init__(self, c):
+        super().__init__(c, padding=0)
+
+    def __call__(self, x):
+        return self.conv(mx.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0))))
+
+
+class VAE(nn.Module):
+    """widths: the channels of the four floors, from the picture's down."""
+
+    def __init__(self, widths, groups):
+        super().__init__()
+        c1, c2, c3, c4 = widths
+
+        def res(c_in, c_out):
+            return Res(c_in, c_out, groups, eps=1e-6)
+
+        # fmt: off
+        self.encoder = [                                            # after this row
+            Conv(3, c1),                                            # 512 x 512 x 128
+            res(c1, c1), res(c1, c1), HalveVAE(c1),                 # 256 x 256 x 128
+            res(c1, c2), res(c2, c2), HalveVAE(c2),                 # 128 x 128 x 256
+            res(c2, c3), res(c3, c3), HalveVAE(c3),                 #  64 x  64 x 512
+            res(c3, c4), res(c4, c4),                               #  64 x  64 x 512
+            res(c4, c4), AttendVAE(c4, groups), res(c4, c4),        #  64 x  64 x 512
+        ]
+        self.encoder_norm = GroupNorm(c4, groups, eps=1e-6)
+        self.encoder_out = Conv(c4, 8)
+        self.quant = Linear(8, 8)                                   #  64 x  64 x (4 means, 4 log variances)
+
+        self.post_quant = Linear(4, 4)
+        self.decoder = [
+            Conv(4, c4),                                            #  64 x  64 x 512
+            res(c4, c4), AttendVAE(c4, groups), res(c4, c4),        #  64 x  64 x 512
+            res(c4, c4), res(c4, c4), res(c4, c4), Double(c4),      # 128 x 128 x 512
+            res(c4, c3), res(c3, c3), res(c3, c3), Double(c3),      # 256 x 256 x 512
+            res(c3, c2), res(c2, c2), res(c2, c2), Double(c2),      # 512 x 512 x 256
+            res(c2, c1), res(c1, c1), res(c1, c1),                  # 512 x 512 x 128
+        ]
+        self.decoder_norm = GroupNorm(c1, groups, eps=1e-6)
+        self.decoder_out = Conv(c1, 3)
+        # fmt: on
+
+    def encode(self, x):
+        """Picture (b, 8h, 8w, 3) in [-1, 1] -> mean and log variance of its latents (b, h, w, 4)."""
+        for layer in self.encoder:
+            x = layer(x)
+        x = self.quant(self.encoder_out(silu(self.encoder_norm(x))))
+        mean, log_variance = mx.split(x, 2, axis=-1)
+        return mean, mx.clip(log_variance, -30, 20)
+
+    def decode(self, x):
+        """Latents (b, h, w, 4) -> picture (b, 8h, 8w, 3), mostly in [-1, 1]."""
+        x = self.post_quant(x)
+        for layer in self.decoder:
+            x = layer(x)
+        return self.decoder_out(silu(self.decoder_norm(x)))
+
+
+# %% 6. Schedule, DDIM, PLMS -----------------------------------------------------------------------
+# How noise is added in training, and how it is taken away again, step by step.
+#
+# Training spoils clean latents x0 with noise eps, more the larger t is [2, eq. 4]:
+#
+#     x = sqrt(abar[t]) x0 + sqrt(1 - abar[t]) eps
+#
+# The two weights' squares sum to 1, so x keeps variance 1. The UNet has learned to say eps when
+# shown x and t. From that, x0 follows; but at a large t it is a blurred guess at best, an average
+# of all pictures that x might have been. So we go a small step in its direction, ask again, and
+# repeat: that is sampling.
+
+# The noise's variance grows in 1000 steps, evenly in its square root, and abar is what is left of
+# the signal after them. In float64, since 1000 factors are multiplied (ldm "linear" schedule).
+BETAS = np.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=np.float64) ** 2
+ABAR = np.cumprod(1 - BETAS)
+
+
+def make_timesteps(steps):
+    """The timesteps of a run, largest first: make_timesteps(50) -> [981, 961, ..., 21, 1].
+
+    Exactly as many as asked for; where 1000 is no multiple of steps the first is further from 999
+    (958 for 30 steps). 1 <= steps <= 999.
+    """
+    return [1000 // steps * i + 1 for i in reversed(range(steps))]
+
+
+def eps_from_v(v, x, t):
+    """Some models, such as Stable Diffusion 2.x at 768, were trained to say v [7] instead of eps.
+
+    v = sqrt(abar) eps - sqrt(1 - abar) x0, which is solved for eps with the line above for x.
+    """
+    return math.sqrt(ABAR[t]) * v + math.sqrt(1 - ABAR[t]) * x
+
+
+def ddim_step(x, eps, t, t_next):
+    """From x at t to x at t_next, believing that eps is the noise in it [3, eq. 12 with sigma = 0].
+
+    Solve the line above for x0; then spoil that x0 again, with the same eps, but only as far as
+    t_next says.
+    """
+    x0 = (x - math.sqrt(1 - ABAR[t]) * eps) / math.sqrt(ABAR[t])
+    return math.sqrt(ABAR[t_next]) * x0 + math.sqrt(1 - ABAR[t_next]) * eps
+
+
+# A sampler walks x down the timesteps. It is a generator: it yields x after each step, so that
+# whoever runs it can show progress, save what is there or stop, and it need not know.
+#
+#   eps_at   a function (x, t) -> eps, the guided UNet of section 7
+#
+# As in the original: the last step goes to 0, where abar is 0.9991 and not 1. The last 0.09 % of
+# noise variance stay in; the VAE was made to live with more.
+
+
+def sample_ddim(eps_at, x, timesteps):
+    """One UNet call per step [3]."""
+    for t, t_next in zip(timesteps, [*timesteps[1:], 0]):
+        x = ddim_step(x, eps_at(x, t), t, t_next)
+        yield x
+
+
+# A DDIM step believes that eps stays what it is from t to t_next: a straight line. But eps bends
+# as t falls. PLMS [4] looks back at the last three answers and extends the curve:
+#
+#     eps' = w0 eps(t) + w1 eps(one step earlier) + w2 eps(two) + w3 eps(three)
+#
+# then takes the same DDIM step with eps'. The weights are Adams' and Bashforth's (1883): lay a
+# polynomial through the known points, average it over the coming step. So each row sums to 1. More
+# history is free: it is still one UNet call per step.
+ADAMS_BASHFORTH = (
+    (1,),  # row k: what to do with k old answers
+    (3 / 2, -1 / 2),
+    (23 / 12, -16 / 12, 5 / 12),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+)
+
+
+def sample_plms(eps_at, x, timesteps):
+    """One UNet call per step and one more: 51 for 50 steps. (ldm/models/diffusion/plms.py:174)"""
+    old = []  # newest first, at most three
+    for t, t_next in zip(timesteps, [*timesteps[1:], 0]):
+        eps = eps_at(x, t)
+        if not old and t_next > 0:
+            # No past yet: peek one step ahead and average the two slopes, as Heun did (1900). Not
+            # the average but the first eps becomes history.
+            peek = ddim_step(x, eps, t, t_next)
+            slope = (eps + eps_at(peek, t_next)) / 2
+        else:
+            slope = sum(w * e for w, e in zip(ADAMS_BASHFORTH[len(old)], [eps, *old]))
+        x = ddim_step(x, slope, t, t_next)
+        old = [eps, *old][:3]
+        yield x
+
+
+SAMPLERS = {"plms": sample_plms, "ddim": sample_ddim}
+
+
+# %% 7. Text to image ------------------------------------------------------------------------------
+# Read a model from its flat file, then put the parts together as in the diagram at the top.
+#
+# A flat file is one safetensors file: every network's weights under the attribute paths of the
+# classes above (unet.down.1.0.conv1.weight), the tokenizer's merges as bytes, and in the header a
+# "config" with the numbers. Loading maps nothing and forgives nothing: each tensor must fit.
+
+TINY = Path(__file__).resolve().parent / "tiny" / "tiny.safetensors"
+
+
+def read_flat(path):
+    """-> (config, {name: array}) of a flat file, or ValueError saying what is wrong with it.
+
+    The arrays are read from the disk only when they are first used.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no model at {path}. --model wants a file made by convert_weights.py.")
+    try:
+        # MLX trusts what the header says about sizes; safetensors checks it. So that goes first.
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        message = f"{path} is not a safetensors file ({error}). {convert_it(path)}"
+        raise ValueError(message) from None
+    if metadata.get("format") != "sd.py 1":
+        raise ValueError(f"{path} was not made by convert_weights.py. {convert_it(path)}")
+    weights = mx.load(str(path), format="safetensors")
+    return json.loads(metadata["config"]), weights
+
+
+def convert_it(path):
+    return f"Make a flat file of it once:\n       python convert_weights.py {path}"
+
+
+def fill(network, weights, prefix, dtype):
+    """Give a network its weights: each parameter exactly one tensor of its shape, none left over."""
+    start = prefix + "."
+    given = {name[len(start) :]: w for name, w in weights.items() if name.startswith(start)}
+    wanted = {name: p.shape for name, p in tree_flatten(network.parameters())}
+    missing = sorted(wanted.keys() - given.keys())
+    unknown = sorted(given.keys() - wanted.keys())
+    misfits = sorted(n for n in wanted.keys() & given.keys() if wanted[n] != given[n].shape)
+    if missing or unknown or misfits:
+        raise ValueError(
+            f"the model file does not fit: {prefix} has {len(missing)} tensors missing, "
+            f"{len(unknown)} unknown, {len(misfits)} of the wrong shape; the first: "
+            f"{(missing + unknown + misfits)[0]}. Convert it again with convert_weights.py."
+        )
+    network.load_weights([(name, w.astype(dtype)) for name, w in given.items()])
+    mx.eval(network.parameters())
+
+
+class StableDiffusion:
+    """A model: tokenizer, text_encoder, unet and vae, and what they do together.
+
+        sd = StableDiffusion("model.safetensors", dtype="float16")
+        pictures = sd.txt2img("a red house", seed=42)
+
+    path: a flat file (default: the miniature). dtype: what the text model and the UNet compute in,
+    "float32", "float16" or "bfloat16"; default float16 on a GPU, float32 on a CPU. The VAE, whose
+    numbers outgrow float16 in some models, always has float32.
+    """
+
+    def __init__(self, path=TINY, dtype=None):
+        self.config, weights = read_flat(path)
+        on_cpu = mx.default_device() == mx.Device(mx.cpu)
+        self.dtype = getattr(mx, dtype or ("float32" if on_cpu else "float16"))
+        text, unet, vae = (dict(self.config[part]) for part in ("text", "unet", "vae"))
+        merges = bytes(np.array(weights["tokenizer.merges"])).decode()
+        self.tokenizer = Tokenizer(merges, text.pop("pad"))
+        self.scale = vae.pop("scale")
+        self.text_encoder, self.unet, self.vae = TextEncoder(**text), UNet(**unet), VAE(**vae)
+        fill(self.text_encoder, weights, "text_encoder", self.dtype)
+        fill(self.unet, weights, "unet", self.dtype)
+        fill(self.vae, weights, "vae", mx.float32)
+
+    def context(self, *prompts):
+        """Sentences -> (b, 77, c): what the UNet is told."""
+        return self.text_encoder(mx.array([self.tokenizer.encode(p) for p in prompts]))
+
+    def guided(self, prompt, negative_prompt, n_images, cfg):
+        """-> the function eps_at(x, t) that the samplers ask, with the prompt built in.
+
+        Guidance [6]: ask twice, without the prompt (or with the negative one) and with it, and go
+        from the first answer to the second and beyond:
+
+            eps = eps_uncond + cfg (eps_text - eps_uncond)
+
+        cfg 1 is the second answer alone, so then there is no first; 7.5 overstates what the
+        prompt changes, which makes pictures that match it better than the data did.
+        """
+        both = [prompt] if cfg == 1 else [negative_prompt, prompt]
+        context = mx.repeat(self.context(*both), n_images, axis=0)  # (2b, 77, c): b without, b with
+
+        def eps_at(x, t):
+            out = self.unet(mx.concatenate([x] * len(both)).astype(self.dtype), t, context)
+            out = out.astype(mx.float32)
+            if cfg != 1:
+                uncond, text = mx.split(out, 2)
+                out = uncond + cfg * (text - uncond)
+            return out if self.config["prediction"] == "eps" else eps_from_v(out, x, t)
+
+        return eps_at
+
+    def generate_latents(
+        self,
+        prompt,
+        *,
+        negative_prompt="",
+        seed=42,
+        steps=50,
+        cfg=7.5,
+        sampler="plms",
+        width=None,
+        height=None,
+        n_images=1,
+        rng="torch",
+    ):
+        """Yield the latents x (n_images, h, w, 4) after every step; the last ones are the picture.
+
+        Picture i starts from the noise of seed + i, so each can be made again alone. width, height
+        in pixels, multiples of 64 (default: what the model was trained on). Raises ValueError.
+        """
+        width, height = width or self.config["size"], height or self.config["size"]
+        check_options(steps, cfg, sampler, width, height, n_images, rng)
+        noise = [RNGS[rng](seed + i, (1, 4, height // 8, width // 8)) for i in range(n_images)]
+        noise = mx.array(np.concatenate(noise).transpose(0, 2, 3, 1))  # drawn as (b, c, h, w)
+        eps_at = self.guided(prompt, negative_prompt, n_images, cfg)
+        for x in SAMPLERS[sampler](eps_at, noise, make_timesteps(steps)):
+            mx.eval(x)  # MLX only notes what is to be computed until it is told; here it is told
+            yield x
+
+    def decode(self, x):
+        """Latents (b, h, w, 4) -> pictures (b, 8h, 8w, 3) in [0, 1]."""
+        return mx.clip(self.vae.decode(x.astype(mx.float32) / self.scale) / 2 + 0.5, 0, 1)
+
+    def encode(self, pictures):
+        """Pictures (b, 8h, 8w, 3) in [0, 1] -> latents (b, h, w, 4): the means, without noise."""
+        return self.vae.encode(mx.array(pictures) * 2 - 1)[0] * self.scale
+
+    def txt2img(self, prompt, **options):
+        """A sentence -> list of PIL pictures. Options: those of generate_latents."""
+        for x in self.generate_latents(prompt, **options):
+            pass
+        return [to_pil(self.decode(x[i : i + 1])[0]) for i in range(len(x))]
+
+
+def check_options(steps, cfg, sampler, width, height, n_images, rng):
+    """ValueError, with the value and what to do, for whatever generate_latents can't do."""
+    for name, value in (("width", width), ("height", height)):
+        if value % 64 or value < 64:
+            low = max(64, value // 64 * 64)
+            raise ValueError(
+                f"{name} {value} is not a multiple of 64. The UNet halves the latents three times, "
+                f"and they are 1/8 of the picture. Nearest: {low} or {low + 64}."
+            )
+    if not 1 <= steps <= 999:
+        raise ValueError(f"steps {steps} can't be: 1 to 999, the training had 1000 timesteps.")
+    if not math.isfinite(cfg):
+        raise ValueError(f"cfg {cfg} can't be: a number, 1 for none, 7.5 for the usual.")
+    if n_images < 1:
+        raise ValueError(f"n_images {n_images} can't be: at least 1.")
+    for name, value, known in (("sampler", sampler, SAMPLERS), ("rng", rng, RNGS)):
+        if value not in known:
+            raise ValueError(f"{name} {value!r} is not known. There are: {', '.join(known)}.")
+
+
+def to_pil(picture):
+    """(h, w, 3) in [0, 1] -> a PIL picture, rounded to 8 bits (not cut off, as some ports do)."""
+    return Image.fromarray((np.array(picture) * 255 + 0.5).astype(np.uint8))
+
+
+# That is Stable Diffusion. The rest of this file is optional.
+
+# ================================================================================== III. Plumbing
+
+# %% 8. Random numbers -----------------------------------------------------------------------------
+# The picture depends on the noise it starts from, so the same seed gives the same picture only in
+# programs that draw the same numbers. A generator is a function (seed, shape) -> float32 array.
+
+
+def torch_randn(seed, shape):
+    """What torch.manual_seed(seed); torch.randn(shape) gives on a CPU, to float32 rounding.
+
+    A Mersenne twister yields 32-bit words; NumPy's old generator is the same twister. From 16
+    numbers on, torch keeps each word's low 24 bits as a uniform number in [0, 1), takes them 16 at
+    a time, pairs the first 8 with the last 8 and turns each pair into two normal numbers (Box and
+    Muller: a radius and an angle). If the size is no multiple of 16, the last 16 numbers are drawn
+    once more. Below 16 it takes 53 bits from two words, one number after the other, in float64.
+    (aten/src/ATen/native/cpu/DistributionTemplates.h, normal_fill)
+    """
+    n = math.prod(shape)
+    twister = np.random.RandomState(seed % 2**32)
+    if n < 16:
+        words = twister.randint(0, 2**32, (-(-n // 2), 2, 2), dtype=np.uint64)
+        u = (words[..., 0] << 32 | words[..., 1]) % 2**53 * 2.0**-53  # (pairs, 2)
+        angle, radius = 2 * np.pi * u[:, 0], np.sqrt(-2 * np.log1p(-u[:, 1]))
+        out = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)[:n]
+        return out.astype(np.float32).reshape(shape)
+
+    def uniform(count):
+        words = twister.randint(0, 2**32, count, dtype=np.uint32)
+        return (words & 0xFFFFFF).astype(np.float32) * np.float32(2**-24)
+
+    def normal(u):  # (16 k,) -> same
+        u = u.reshape(-1, 2, 8)
+        radius, angle = np.sqrt(-2 * np.log(1 - u[:, 0])), np.float32(2 * np.pi) * u[:, 1]
+        return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)
+
+    u = uniform(n)
+    out = np.empty(n, np.float32)
+    out[: n // 16 * 16] = normal(u[: n // 16 * 16])
+    if n % 16:
+        out[-16:] = normal(uniform(16))
+    return out.reshape(shape)
+
+
+RNGS = {"torch": torch_randn}
+
+
+# %% 9. The same, faster ---------------------------------------------------------------------------
+# Functions that take the place of section 2's, with the same names, arguments and results up to
+# rounding (test_fast_functions_equal_the_plain_ones). On a GPU, MLX's fused attention and norm. On
+# a CPU, NumPy: MLX's Linux wheel multiplies matrices there some 25 times slower than the OpenBLAS
+# that comes with NumPy, and computes exp, tanh and erf one number at a time.
+# An evaluated MLX array can be read by NumPy without a copy; going back is one copy.
+
+
+def view(x):
+    """An MLX array as NumPy sees it, in float32, not copied if it has that type."""
+    return np.array(x.astype(mx.float32), copy=False)
+
+
+@functools.cache
+def threads():
+    return ThreadPoolExecutor(os.cpu_count())
+
+
+def in_pieces(f, x, rows):
+    """out[i:j] = f(x[i:j], out[i:j]), on all cores, for pieces of rows rows that fit the cache."""
+    out = np.empty(x.shape, np.float32)
+    if len(x) <= rows:
+        f(x, out)
+    else:
+        starts = range(0, len(x), rows)
+        list(threads().map(lambda i: f(x[i : i + rows], out[i : i + rows]), starts))
+    return out
+
+
+def elementwise(f):
+    """f(piece, out) on flat float32 pieces -> a function of MLX arrays of any shape."""
+
+    def run(x):
+        y = in_pieces(f, view(x).reshape(-1), 1 << 15)
+        return mx.array(y.reshape(x.shape)).astype(x.dtype)
+
+    return run
+
+
+def cpu_sigmoid_times(x, out, k):
+    """x / (1 + exp(-k x)). Far on the left exp is infinite and the quotient 0, as it should be."""
+    with np.errstate(over="ignore"):
+        np.exp(np.multiply(x, np.float32(-k), out=out), out=out)
+    out += 1
+    np.divide(x, out, out=out)
+
+
+def cpu_gelu(x, out):
+    """gelu(x) = max(x, 0) - |x| erfc(|x| / sqrt 2) / 2, with erfc as exp times a polynomial.
+
+    Abramowitz and Stegun 7.1.26: erfc is off by at most 1.5e-7.
+    """
+    size = np.abs(x)
+    t = 1 / (1 + np.float32(0.3275911 / math.sqrt(2)) * size)
+    np.multiply(t, np.float32(1.061405429), out=out)
+    for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        out += np.float32(coefficient)
+        out *= t
+    np.multiply(size, size, out=t)
+    t *= np.float32(-0.5)
+    out *= np.exp(t, out=t)
+    out *= size
+    out *= np.float32(-0.5)
+    out += np.maximum(x, 0, out=t)
+
+
+def cpu_linear(x, weight, bias=None):
+    y = view(x).reshape(-1, x.shape[-1]) @ view(weight).T
+    if bias is not None:
+        y += view(bias)
+    return mx.array(y.reshape(*x.shape[:-1], -1)).astype(x.dtype)
+
+
+def cpu_conv2d(x, weight, bias, stride=1, padding=1):
+    b, h, w, c = x.shape
+    if padding:
+        padded = np.zeros((b, h + 2 * padding, w + 2 * padding, c), np.float32)
+        padded[:, padding:-padding, padding:-padding] = view(x)
+    else:
+        padded = view(x)
+    bias = view(bias)
+    if stride == 1 and padding == 1 and h % 4 == 0 and w % 4 == 0 and h * w >= 256 and c >= 16:
+        y = conv_winograd(padded, winograd_weights(weight), bias)
+    else:
+        y = conv_windows(padded, view(weight), bias, stride)
+    return mx.array(y).astype(x.dtype)
+
+
+def conv_windows(padded, weight, bias, stride):
+    """A convolution as one matrix product: each window laid out as a row, some rows at a time."""
+    b, h, w, c = padded.shape
+    o, k, _, _ = weight.shape
+    h, w = (h - k) // stride + 1, (w - k) // stride + 1
+    s = padded.strides
+    windows = np.lib.stride_tricks.as_strided(
+        padded, (b, h, w, k, k * c), (s[0], stride * s[1], stride * s[2], s[1], s[3])
+    )
+    weight = weight.reshape(o, -1).T
+    out = np.empty((b, h, w, o), np.float32)
+    band = max(1, 2**24 // (w * k * k * c))  # 64 MB of windows at a time
+    for i in range(b):
+        for top in range(0, h, band):
+            rows = windows[i, top : top + band]
+            y = rows.reshape(-1, k * k * c) @ weight
+            np.add(y.reshape(-1, w, o), bias, out=out[i, top : top + band])
+    return out
+
+
+# Winograd's F(4x4, 3x3): 36 products make 4 x 4 outputs, where the definition takes 144. The three
+# matrices are those of Lavin and Gray, arXiv 1509.09308.
+# fmt: off
+BT = np.array([[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0],
+               [0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]], np.float32)
+G = np.array([[1/4, 0, 0], [-1/6, -1/6, -1/6], [-1/6, 1/6, -1/6],
+              [1/24, 1/12, 1/6], [1/24, -1/12, 1/6], [0, 0, 1]], np.float32)
+AT = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0],
+               [0, 1, -1, 8, -8, 1]], np.float32)
+# fmt: on
+WINOGRAD = {}  # id of a convolution's weights -> their transform, as long as the weights live
+
+
+def winograd_weights(weight):  # (o, 3, 3, c) -> (36, c, o)
+    if id(weight) not in WINOGRAD:
+        w = view(weight)
+        o, _, _, c = w.shape
+        both = np.einsum("ai,bj->abij", G, G).reshape(36, 9)
+        u = both @ w.transpose(1, 2, 3, 0).reshape(9, c * o)
+        WINOGRAD[id(weight)] = u.reshape(36, c, o)
+        weakref.finalize(weight, WINOGRAD.pop, id(weight), None)
+    return WINOGRAD[id(weight)]
+
+
+def conv_winograd(padded, u, bias):  # (b, h + 2, w + 2, c), (36, c, o) -> (b, h, w, o)
+    b, h, w, c = padded.shape
+    o, rows, columns = u.shape[2], (h - 2) // 4, (w - 2) // 4  # in tiles of 4 x 4 outputs
+    s = padded.strides
+    out = np.empty((b, rows, 4, columns, 4, o), np.float32)
+    band = max(1, 1024 // (b * columns))
+    for top in range(0, rows, band):
+        height = min(band, rows - top)
+        tiles = np.lib.stride_tricks.as_strided(
+            padded[:, 4 * top :],
+            (6, 6, b, height, columns, c),
+            (s[1], s[2], s[0], 4 * s[1], 4 * s[2], s[3]),
+        )
+        v = np.matmul(BT, (BT @ tiles.reshape(6, -1)).reshape(6, 6, -1))
+        m = np.matmul(v.reshape(36, -1, c), u)
+        y = np.matmul(AT, (AT @ m.reshape(6, -1)).reshape(4, 6, -1))
+        y = y.reshape(4, 4, b, height, columns, o).transpose(2, 3, 0, 4, 1, 5)
+        np.add(y, bias, out=out[:, top : top + height])
+    return out.reshape(b, h - 2, w - 2, o)
+
+
+def cpu_group_norm(x, weight, bias, groups, eps):
+    b, h, w, c = x.shape
+    out = np.empty((b, h * w, c), np.float32)
+    rows = max(1, (1 << 15) // c)
+    for i, picture in enumerate(view(x).reshape(b, h * w, c)):
+        # Sums of x - pivot: the first position's values, so that a mean far from 0 costs no digits.
+        pivot = picture[0]
+
+        def sums(start, picture=picture, pivot=pivot):
+            off = picture[start : start + rows] - pivot
+            return off.sum(0), np.einsum("nc,nc->c", off, off)
+
+        parts = list(threads().map(sums, range(0, h * w, rows)))
+        first, second = (np.sum([p[k] for p in parts], axis=0, dtype=np.float64) for k in (0, 1))
+        mean = first / (h * w)  # of each channel, from its pivot
+        square = (second + 2 * first * pivot) / (h * w) + pivot.astype(np.float64) ** 2
+        mean = mean + pivot
+        group_mean = mean.reshape(groups, -1).mean(1)
+        # Variance of a group: that inside its channels, and that of their means.
+        inside = (square - mean**2).reshape(groups, -1).mean(1)
+        between = ((mean.reshape(groups, -1) - group_mean[:, None]) ** 2).mean(1)
+        scale = np.repeat(1 / np.sqrt(inside + between + eps), c // groups) * view(weight)
+        shift = view(bias) - np.repeat(group_mean, c // groups) * scale
+        scale, shift = scale.astype(np.float32), shift.astype(np.float32)
+
+        def apply(piece, y, scale=scale, shift=shift):
+            np.add(np.multiply(piece, scale, out=y), shift, out=y)
+
+        out[i] = in_pieces(apply, picture, rows)
+    return mx.array(out.reshape(b, h, w, c)).astype(x.dtype)
+
+
+def cpu_layer_norm(x, weight, bias):
+    c, weight, bias = x.shape[-1], view(weight), view(bias)
+
+    def norm(piece, out):
+        np.subtract(piece, piece.mean(1, keepdims=True), out=out)
+        variance = np.einsum("nc,nc->n", out, out)[:, None] / np.float32(c)
+        out *= 1 / np.sqrt(variance + np.float32(1e-5))
+        out *= weight
+        out += bias
+
+    y = in_pieces(norm, view(x).reshape(-1, c), max(1, (1 << 15) // c))
+    return mx.array(y.reshape(x.shape)).astype(x.dtype)
+
+
+def cpu_attention(q, k, v, heads, causal=False):
+    """A few hundred rows of scores at a time, so that they stay in the cache.
+
+    A column of ones beside v makes the product that mixes v also sum each row of weights.
+    """
+    dtype, (b, n, c) = q.dtype, q.shape
+    q, k, v = view(q), view(k), view(v)
+    m, d, rows = k.shape[1], c // heads, 512
+    out = np.empty((b, n, c), np.float32)
+    scores = np.empty((min(rows, n), m), np.float32)
+    ones = np.ones((m, 1), np.float32)
+    for i in range(b):
+        for head in range(heads):
+            at = slice(head * d, head * d + d)
+            keys, values = k[i, :, at].T, np.concatenate([v[i, :, at], ones], axis=1)
+            for top in range(0, n, rows):
+                block = q[i, top : top + rows, at] * np.float32(d**-0.5)
+                s = np.matmul(block, keys, out=scores[: len(block)])
+                if causal:
+                    s[np.arange(top, top + len(s))[:, None] < np.arange(m)] = -np.inf
+                s -= s.max(-1, keepdims=True)
+                mixed = np.exp(s, out=s) @ values
+                np.divide(mixed[:, :-1], mixed[:, -1:], out=out[i, top : top + rows, at])
+    return mx.array(out).astype(dtype)
+
+
+def gpu_layer_norm(x, weight, bias):
+    return mx.fast.layer_norm(x, weight, bias, 1e-5)
+
+
+def gpu_attention(q, k, v, heads, causal=False):
+    b, n, c = q.shape
+    q, k, v = (y.reshape(b, -1, heads, c // heads).transpose(0, 2, 1, 3) for y in (q, k, v))
+    mask = "causal" if causal else None
+    y = mx.fast.scaled_dot_product_attention(q, k, v, scale=(c // heads) ** -0.5, mask=mask)
+    return y.transpose(0, 2, 1, 3).reshape(b, n, c)
+
+
+KERNELS = {
+    "plain": {
+        f.__name__: f
+        for f in (linear, conv2d, group_norm, layer_norm, attention, silu, gelu, quick_gelu)
+    },
+    "cpu": {
+        "linear": cpu_linear,
+        "conv2d": cpu_conv2d,
+        "group_norm": cpu_group_norm,
+        "layer_norm": cpu_layer_norm,
+        "attention": cpu_attention,
+        "silu": elementwise(functools.partial(cpu_sigmoid_times, k=1)),
+        "gelu": elementwise(cpu_gelu),
+        "quick_gelu": elementwise(functools.partial(cpu_sigmoid_times, k=1.702)),
+    },
+    "gpu": {"layer_norm": gpu_layer_norm, "attention": gpu_attention},
+}
+
+
+def use_kernels(name):
+    """From now on the names of section 2 mean these functions: "plain", "cpu" or "gpu"."""
+    globals().update(KERNELS["plain"] | KERNELS[name])
+
+
+use_kernels("cpu" if mx.default_device() == mx.Device(mx.cpu) else "gpu")
+
+
+# %% 10. Command line ------------------------------------------------------------------------------
+
+
+def stop(message):
+    """What is wrong, with which value, and what to do now; then exit status 2."""
+    print(f"sd.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def is_flat(path):
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return (file.metadata() or {}).get("format", "").startswith("sd.py")
+    except (SafetensorError, OSError):
+        return False
+
+
+def flat_file(path):
+    """The flat file for --model: path itself or, for a checkpoint, what convert_weights.py makes of it.
+
+    That is kept beside the checkpoint, or in the cache folder where that can't be written, and used
+    again as long as it is newer than the checkpoint.
+    """
+    if not path.exists() or is_flat(path):
+        return path  # a path that is not there gets its message from read_flat
+    name = (path.name if path.is_dir() else path.stem) + ".flat.safetensors"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sd.py"
+    beside = path.resolve().parent / name
+    places = [beside, cache / f"{abs(hash_text(str(path.resolve()))):x}-{name}"]
+    for place in places:
+        if is_flat(place) and place.stat().st_mtime >= path.stat().st_mtime:
+            print(f"using {place}, made from {path.name} before", file=sys.stderr)
+            return place
+    if not (Path(__file__).resolve().parent / "convert_weights.py").is_file():
+        stop(f"{path} was not made by convert_weights.py. {convert_it(path)}")
+    import convert_weights
+
+    place = places[0] if os.access(beside.parent, os.W_OK) else places[1]
+    place.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{path.name} is not a flat file. Converting it once, to {place}", file=sys.stderr)
+    return convert_weights.convert(path, place, log=lambda line: print(line, file=sys.stderr))
+
+
+def hash_text(text):
+    import hashlib
+
+    return int(hashlib.sha256(text.encode(errors="replace")).hexdigest()[:12], 16)
+
+
+def free_name(path):
+    """path, or the first of path-2, path-3 ... that is not taken: no picture is ever overwritten."""
+    names = (path.with_stem(f"{path.stem}-{i}") if i > 1 else path for i in range(1, 10**9))
+    return next(name for name in names if not name.exists())
+
+
+def parameters(args, seed, width, height):
+    """What it takes to make the picture again, as other tools write it: the PNG's "parameters" text."""
+    negative = f"\nNegative prompt: {args.negative_prompt}" if args.negative_prompt else ""
+    return (
+        f"{args.prompt}{negative}\nSteps: {args.steps}, Sampler: {args.sampler.upper()}, "
+        f"CFG scale: {args.cfg}, Seed: {seed}, Size: {width}x{height}, Model: {args.model.stem}, "
+        f"RNG: {args.rng}, dtype: {args.dtype}, Version: sd.py"
+    )
+
+
+def save(picture, path, text):
+    """Write under another name first, so that a full disk can't leave half a picture."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", text.encode(errors="replace").decode())
+    path = free_name(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        picture.save(part, format="PNG", pnginfo=info)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    print(f"saved {path}")
+
+
+def grid(pictures, rows):
+    """Pictures of one size in rows, left to right, top to bottom; black where there are too few."""
+    columns = -(-len(pictures) // rows)
+    w, h = pictures[0].size
+    sheet = Image.new("RGB", (columns * w, rows * h))
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % columns * w, i // columns * h))
+    return sheet
+
+
+def show_tokens(tokenizer, text):
+    for word, pieces, ids in tokenizer.words(text):
+        print(f"{word:20s} {' '.join(pieces):30s} {' '.join(map(str, ids))}")
+    count = sum(len(ids) for _, _, ids in tokenizer.words(text))
+    print(f"{count} of 75 tokens")
+
+
+def paint(sd, args):
+    """Run the generator, say after each step how long the rest will take, and save the pictures."""
+    names = (
+        "negative_prompt",
+        "seed",
+        "steps",
+        "cfg",
+        "sampler",
+        "width",
+        "height",
+        "n_images",
+        "rng",
+    )
+    options = {name: getattr(args, name) for name in names}
+    end = "\r" if sys.stderr.isatty() else "\n"
+    start, x = time.perf_counter(), None
+    for i, x in enumerate(sd.generate_latents(args.prompt, **options), 1):
+        pace = (time.perf_counter() - start) / i
+        left = pace * (args.steps - i)
+        line = f"step {i}/{args.steps}  {pace:.2f} s a step  {left:.0f} s left "
+        print(line, end=end if i < args.steps else "\n", file=sys.stderr, flush=True)
+    pictures = [to_pil(sd.decode(x[i : i + 1])[0]) for i in range(len(x))]
+    width, height = pictures[0].size
+    if args.n_rows:
+        text = parameters(args, args.seed, width, height)
+        save(grid(pictures, args.n_rows), args.output, text)
+        return
+    for i, picture in enumerate(pictures):
+        save(picture, args.output, parameters(args, args.seed + i, width, height))
+
+
+def make_parser():
+    p = argparse.ArgumentParser(
+        prog="sd.py",
+        description="Paint a sentence with Stable Diffusion.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="""examples:
+  python sd.py --prompt "a blue boat at night" --seed 7
+  python sd.py --prompt "a green tree" --n-images 4 --n-rows 2
+  python sd.py --model sd-v1-4.ckpt --prompt "a lighthouse in a storm, oil on canvas" """,
+    )
+    g = p.add_argument_group("what to paint")
+    g.add_argument(
+        "--prompt",
+        default="a red house on the grass at sunset",
+        metavar="TEXT",
+        help='what should be in the picture (default: "%(default)s")',
+    )
+    g.add_argument(
+        "--negative-prompt", default="", metavar="TEXT", help="what should not (default: nothing)"
+    )
+    g.add_argument(
+        "--width", type=int, metavar="N", help="in pixels, a multiple of 64 (default: the model's)"
+    )
+    g.add_argument(
+        "--height", type=int, metavar="N", help="in pixels, a multiple of 64 (default: the model's)"
+    )
+    g.add_argument(
+        "--n-images",
+        type=int,
+        default=1,
+        metavar="N",
+        help="how many; the second has seed + 1, and so on (default: 1)",
+    )
+    g.add_argument(
+        "--n-rows",
+        type=int,
+        metavar="N",
+        help="put all of them into one picture with so many rows (default: a file each)",
+    )
+    g = p.add_argument_group("how to paint it")
+    g.add_argument(
+        "--seed",
+        type=int,
+        default=42,
+        metavar="N",
+        help="the noise to start from, as torch.manual_seed(N) on a CPU draws it (default: 42)",
+    )
+    g.add_argument(
+        "--steps",
+        type=int,
+        default=50,
+        metavar="N",
+        help="one UNet call each, for PLMS one more (default: 50)",
+    )
+    g.add_argument(
+        "--cfg",
+        type=float,
+        default=7.5,
+        metavar="S",
+        help="how far to follow the prompt: 1 follows, 7.5 insists (default: 7.5)",
+    )
+    g.add_argument(
+        "--sampler",
+        default="plms",
+        choices=SAMPLERS,
+        help="how to walk from noise to picture (default: plms)",
+    )
+    g.add_argument(
+        "--rng", default="torch", choices=RNGS, help="whose random numbers (default: torch)"
+    )
+    g = p.add_argument_group("with what, and where to")
+    g.add_argument(
+        "--model",
+        type=Path,
+        default=TINY,
+        metavar="FILE",
+        help="a flat file, or a checkpoint or diffusers folder, which is converted once "
+        "(default: the miniature that comes with this program)",
+    )
+    g.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="to compute in (default: float32 on a CPU, float16 on a GPU)",
+    )
+    g.add_argument(
+        "--output",
+        type=Path,
+        default=Path("out.png"),
+        metavar="FILE",
+        help="a .png; if it is there, -2, -3 ... is put behind the name (default: out.png)",
+    )
+    g.add_argument(
+        "--show-tokens", action="store_true", help="only print how the prompt is cut into tokens"
+    )
+    return p
+
+
+def main(argv=None):
+    args = make_parser().parse_args(argv)
+    if args.n_rows is not None and not 1 <= args.n_rows <= args.n_images:
+        stop(f"--n-rows {args.n_rows} can't be with {args.n_images} pictures. See --n-images.")
+    if args.output.suffix.lower() != ".png":
+        stop(f"--output {args.output} does not end in .png, the one kind of file that is written.")
+    if not args.output.parent.is_dir():
+        stop(f"--output {args.output}: there is no folder {args.output.parent}. Make it first.")
+    if not os.access(args.output.parent, os.W_OK):
+        stop(f"--output {args.output}: the folder {args.output.parent} can't be written.")
+    try:
+        sd = StableDiffusion(flat_file(args.model), args.dtype)
+        args.dtype = str(sd.dtype).removeprefix("mlx.core.")
+        if args.show_tokens:
+            return show_tokens(sd.tokenizer, args.prompt)
+        for option, text in (("prompt", args.prompt), ("negative prompt", args.negative_prompt)):
+            if unread := sd.tokenizer.unread(text):
+                print(f'sd.py: the {option} is too long. Not read: "{unread}"', file=sys.stderr)
+        paint(sd, args)
+    except (ValueError, OSError) as error:
+        stop(error)
+    except KeyboardInterrupt:
+        print("\nstopped; nothing was saved", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
