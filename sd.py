@@ -61,6 +61,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 import unicodedata
 import weakref
@@ -981,9 +982,24 @@ def threads():
     return ThreadPoolExecutor(os.cpu_count())
 
 
+LOCAL = threading.local()
+
+
+def scratch(name, *shape):
+    """Memory to compute in, which the next call of that name in this thread uses again.
+
+    New memory comes in pages that the system has to find and clear, and for arrays of this size
+    that takes about as long as what is done with them.
+    """
+    size = math.prod(shape)
+    if getattr(LOCAL, name, np.empty(0)).size < size:
+        setattr(LOCAL, name, np.empty(size, np.float32))
+    return getattr(LOCAL, name)[:size].reshape(shape)
+
+
 def in_pieces(f, x, rows):
     """out[i:j] = f(x[i:j], out[i:j]), on all cores, for pieces of rows rows that fit the cache."""
-    out = np.empty(x.shape, np.float32)
+    out = scratch("out", *x.shape)
     if len(x) <= rows:
         f(x, out)
     else:
@@ -1030,7 +1046,8 @@ def cpu_gelu(x, out):
 
 
 def cpu_linear(x, weight, bias=None):
-    y = view(x).reshape(-1, x.shape[-1]) @ view(weight).T
+    x2, w = view(x).reshape(-1, x.shape[-1]), view(weight)
+    y = np.matmul(x2, w.T, out=scratch("out", len(x2), len(w)))
     if bias is not None:
         y += view(bias)
     return mx.array(y.reshape(*x.shape[:-1], -1)).astype(x.dtype)
@@ -1039,8 +1056,9 @@ def cpu_linear(x, weight, bias=None):
 def cpu_conv2d(x, weight, bias, stride=1, padding=1):
     b, h, w, c = x.shape
     if padding:
-        padded = np.zeros((b, h + 2 * padding, w + 2 * padding, c), np.float32)
-        padded[:, padding:-padding, padding:-padding] = view(x)
+        padded = scratch("padded", b, h + 2, w + 2, c)
+        padded[:, [0, -1]] = padded[:, :, [0, -1]] = 0
+        padded[:, 1:-1, 1:-1] = view(x)
     else:
         padded = view(x)
     bias = view(bias)
@@ -1061,7 +1079,7 @@ def conv_windows(padded, weight, bias, stride):
         padded, (b, h, w, k, k * c), (s[0], stride * s[1], stride * s[2], s[1], s[3])
     )
     weight = weight.reshape(o, -1).T
-    out = np.empty((b, h, w, o), np.float32)
+    out = scratch("out", b, h, w, o)
     band = max(1, 2**24 // (w * k * k * c))  # 64 MB of windows at a time
     for i in range(b):
         for top in range(0, h, band):
@@ -1099,7 +1117,7 @@ def conv_winograd(padded, u, bias):  # (b, h + 2, w + 2, c), (36, c, o) -> (b, h
     b, h, w, c = padded.shape
     o, rows, columns = u.shape[2], (h - 2) // 4, (w - 2) // 4  # in tiles of 4 x 4 outputs
     s = padded.strides
-    out = np.empty((b, rows, 4, columns, 4, o), np.float32)
+    out = scratch("out", b, rows, 4, columns, 4, o)
     band = max(1, 1024 // (b * columns))
     for top in range(0, rows, band):
         height = min(band, rows - top)
@@ -1108,9 +1126,14 @@ def conv_winograd(padded, u, bias):  # (b, h + 2, w + 2, c), (36, c, o) -> (b, h
             (6, 6, b, height, columns, c),
             (s[1], s[2], s[0], 4 * s[1], 4 * s[2], s[3]),
         )
-        v = np.matmul(BT, (BT @ tiles.reshape(6, -1)).reshape(6, 6, -1))
-        m = np.matmul(v.reshape(36, -1, c), u)
-        y = np.matmul(AT, (AT @ m.reshape(6, -1)).reshape(4, 6, -1))
+        n = b * height * columns
+        t = scratch("t", 6, 6, b, height, columns, c)
+        np.copyto(t, tiles)
+        v = np.matmul(BT, t.reshape(6, -1), out=scratch("v", 6, 6 * n * c)).reshape(6, 6, -1)
+        v = np.matmul(BT, v, out=scratch("t", 6, 6, n * c)).reshape(36, n, c)
+        m = np.matmul(v, u, out=scratch("m", 36, n, o)).reshape(6, -1)
+        y = np.matmul(AT, m, out=scratch("v", 4, 6 * n * o)).reshape(4, 6, -1)
+        y = np.matmul(AT, y, out=scratch("t", 4, 4, n * o))
         y = y.reshape(4, 4, b, height, columns, o).transpose(2, 3, 0, 4, 1, 5)
         np.add(y, bias, out=out[:, top : top + height])
     return out.reshape(b, h - 2, w - 2, o)
@@ -1118,7 +1141,7 @@ def conv_winograd(padded, u, bias):  # (b, h + 2, w + 2, c), (36, c, o) -> (b, h
 
 def cpu_group_norm(x, weight, bias, groups, eps):
     b, h, w, c = x.shape
-    out = np.empty((b, h * w, c), np.float32)
+    out = scratch("normed", b, h * w, c)
     rows = max(1, (1 << 15) // c)
     for i, picture in enumerate(view(x).reshape(b, h * w, c)):
         # Sums of x - pivot: the first position's values, so that a mean far from 0 costs no digits.
@@ -1170,8 +1193,7 @@ def cpu_attention(q, k, v, heads, causal=False):
     dtype, (b, n, c) = q.dtype, q.shape
     q, k, v = view(q), view(k), view(v)
     m, d, rows = k.shape[1], c // heads, 512
-    out = np.empty((b, n, c), np.float32)
-    scores = np.empty((min(rows, n), m), np.float32)
+    out, scores = scratch("out", b, n, c), scratch("scores", min(rows, n), m)
     ones = np.ones((m, 1), np.float32)
     for i in range(b):
         for head in range(heads):
