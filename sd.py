@@ -2,48 +2,52 @@
 
     python sd.py --prompt "a red house on the grass at sunset" --seed 42
 
-Everything the picture depends on is here, and nothing is imported but MLX, NumPy, safetensors,
-regex and Pillow. Not here: training, and other people's file formats. convert_weights.py reads
-those once and writes a flat file, so that this file knows one set of names and one layout.
+What the networks know is in a file of weights: by default that of a miniature, which lies in tiny/
+beside this file; with --model that of Stable Diffusion 1.x or 2.x. They are the same code with
+other numbers; sizes below are those of 1.x for a picture of 512 x 512.
 
-    "a red house ..."                                noise x  (b, 64, 64, 4)
-          |  1 tokenizer                               |
-    77 token ids                                       v
-          |  3 CLIP                          +--> 4 UNet: which part of x is noise?
-          v                                  |         |  eps  (b, 64, 64, 4)
-    context (b, 77, 768) ------------------->|         v
-                                             +--- 6 PLMS: take some of it away,   50 times
-                                                       |
-    picture (b, 512, 512, 3) <--- 5 VAE decoder <------+
+    "a red house ..."                          noise x (b, 64, 64, 4)
+          |                                       |
+          |  1 tokenizer                          v
+          v                              +---> 4 UNet: what is the noise in x?  <---+
+    77 token ids                         |        |                                 |
+          |                              |        |  eps (b, 64, 64, 4)             |
+          |  3 CLIP                      |        v                                 |
+          v                              |     6 PLMS: take some of it away         | x, t
+    context (b, 77, 768) ----------------+        |                                 |
+                                                  +------ 50 times -----------------+
+                                                  |
+    picture (b, 512, 512, 3) <--- 5 VAE decoder <-+
 
-The sizes are those of Stable Diffusion 1.x for a 512 x 512 picture. Versions 2.x and the miniature
-that comes with this file are the same code with other numbers.
+Beside Python's own modules it imports MLX, NumPy, safetensors, regex and Pillow. Not here:
+training, and other people's file formats. convert_weights.py reads those once and writes a flat
+file, so that this file knows one set of names and one layout.
 
-Letters, the same throughout:
-    b      pictures in the batch; inside the UNet twice that, without and with the prompt
-    h, w   height and width of the latents, 1/8 of the picture's: 64, 64
-    n, m   how many vectors attention looks at: 77 tokens, or h*w positions
-    c, d   channels; channels of one attention head, d = c / heads
-    t      the timestep: 999 is nearly all noise, 0 nearly none
-    abar   "alpha bar", the share of the signal's variance left at t: 0.9991 at 0, 0.0047 at 999
-    x      the latents at time t.  x0: the clean ones.  eps: the noise in x
-    cfg    guidance: how far to go from eps without the prompt to eps with it, and beyond
+Letters, the same throughout part I:
+    b        pictures in the batch; inside the UNet twice that, without and with the prompt
+    h, w     height and width of the latents, 1/8 of the picture's: 64, 64
+    c, o     channels: the numbers at one place; those that come out of a layer
+    n, m     vectors that look, vectors that are looked at, in attention: h*w places or 77 tokens
+    q, k, v  what each of them asks, offers and gives there; d: the channels of one head of it
+    t        the timestep: 999 is nearly all noise, 0 nearly none
+    abar     "alpha bar", the share of the signal's variance left at t: 0.9991 at 0, 0.0047 at 999
+    x        the latents at time t.  x0: the clean ones.  eps: the noise in x, of variance 1
+    cfg      classifier-free guidance: how far to go from eps without the prompt to eps with it
 
 How to read: part I, sections 1 to 7, is Stable Diffusion; stop there and you have seen all of it.
-Part III holds no diffusion. (Part II, the variations, has no sections yet.)
+Part III holds no diffusion. (The variations of part II are still to come.)
 
 I    1 Tokenizer   2 Layers   3 CLIP   4 UNet   5 VAE   6 Schedule, DDIM, PLMS   7 Text to image
-III  8 Random numbers   9 The same, faster on a CPU   10 Command line
+III  8 Random numbers   9 The same, faster   10 Command line
 
-[1] Rombach et al. 2022, arXiv 2112.10752 (latent diffusion)   [2] Ho et al. 2020, 2006.11239 (DDPM)
-[3] Song et al. 2021, 2010.02502 (DDIM)                        [4] Liu et al. 2022, 2202.09778 (PLMS)
-[5] Radford et al. 2021, 2103.00020 (CLIP)                     [6] Ho, Salimans 2022, 2207.12598 (cfg)
+[1] Rombach et al. 2022, arXiv 2112.10752 (latent diffusion)  [2] Ho et al. 2020, 2006.11239 (DDPM)
+[3] Song et al. 2021, 2010.02502 (DDIM)                       [4] Liu et al. 2022, 2202.09778 (PLMS)
+[5] Radford et al. 2021, 2103.00020 (CLIP)                    [6] Ho et al. 2022, 2207.12598 (cfg)
 [7] Salimans, Ho 2022, 2202.00512 (v-prediction)
-Files named below, such as ldm/modules/attention.py, are those of the original code, CompVis'
-stable-diffusion.
+In brackets behind a class: where the original has it, in CompVis' stable-diffusion under ldm/.
 """
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = [
 #     "mlx; sys_platform == 'darwin'",
 #     "mlx[cpu]; sys_platform == 'linux'",
@@ -56,6 +60,7 @@ stable-diffusion.
 
 import argparse
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -90,15 +95,18 @@ from safetensors import SafetensorError, safe_open  # checks a file's header bef
 #   - It works on bytes, so nothing in any script can be unknown. Each byte is written as one
 #     printable character to make the merges a readable text file.
 #   - "</w>" marks the end of a word: "house</w>" is the word, "house" the start of "houseboat".
-#   - The result is always 77 long. What is left over after the end of the sentence is filled up
-#     with one id, and the UNet looks at those places too, so it must be the id used in training:
-#     the end mark again in Stable Diffusion 1.x, 0 in 2.x.
+#   - The result is always 77 long, since CLIP (section 3) has exactly 77 places. Those behind the
+#     end of the sentence are filled with one id, and the UNet looks at them too, so it must be the
+#     id used in training: the end mark again in Stable Diffusion 1.x, 0 in 2.x.
 #
-# Source: clip/simple_tokenizer.py of OpenAI's CLIP [5]; where its versions differ (they clean text
-# up in different ways) this is the one of the transformers library.
+# Source: clip/simple_tokenizer.py of OpenAI's CLIP [5], with the transformers library's cleaning.
 
+# An id is a place in the vocabulary: 256 letters, the same 256 at a word's end, what each of the
+# 48,894 merges makes, and last the two marks.
 START, END = 49406, 49407
-WORDS = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+MARKS = {"<|startoftext|>": START, "<|endoftext|>": END}
+ANY_MARK = r"<\|startoftext\|>|<\|endoftext\|>"
+WORDS = regex.compile(ANY_MARK + r"|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
 
 
 def byte_letters():
@@ -116,14 +124,14 @@ class Tokenizer:
         self.pad = pad
         self.letters = byte_letters()
         merges = [tuple(line.split(" ")) for line in merges.splitlines()]
-        self.ranks = {pair: rank for rank, pair in enumerate(merges)}  # which pair is glued first
+        self.ranks = {pair: rank for rank, pair in enumerate(merges)}  # found first, glued first
         letters = list(self.letters.values())
         words = letters + [x + "</w>" for x in letters] + ["".join(pair) for pair in merges]
         self.ids = {word: i for i, word in enumerate(words)}
         self.bpe = functools.lru_cache(maxsize=10_000)(self.bpe)
 
     def bpe(self, word):
-        """Glue letters together, best-known pair first, until no known pair is left.
+        """Glue letters together, the pair first that was found first, until no known pair is left.
 
         bpe("house")       ->  ("house</w>",)
         bpe("lighthouse")  ->  ("lighthouse</w>",)
@@ -149,41 +157,48 @@ class Tokenizer:
         words("Two cats")  ->  [("two", ("two</w>",), [1237]), ("cats", ("cats</w>",), [3989])]
         """
         found = []
-        for part in regex.split(r"(<\|startoftext\|>|<\|endoftext\|>)", text):
-            if part in ("<|startoftext|>", "<|endoftext|>"):  # written out, they are the marks
-                found.append((part, (part,), [START if part == "<|startoftext|>" else END]))
+        for part in regex.split(f"({ANY_MARK})", text):
+            if part in MARKS:  # written out in a prompt, they are the marks
+                found.append((part, (part,), [MARKS[part]]))
                 continue
             # Lower case letter by letter: str.lower() would look at neighbours (Greek sigma).
-            text = unicodedata.normalize("NFC", part)
-            text = "".join(letter.lower() for letter in text)
-            for word in WORDS.findall(text):
-                letters = (self.letters[byte] for byte in word.encode(errors="replace"))
-                pieces = self.bpe("".join(letters))
-                found.append((word, pieces, [self.ids[piece] for piece in pieces]))
+            part = "".join(letter.lower() for letter in unicodedata.normalize("NFC", part))
+            for word in WORDS.findall(part):
+                # As in transformers: <|ENDOFTEXT|> looks like a mark only now, in lower case. It
+                # was not written as one, so it is read as the three words it consists of.
+                for w in (word[:2], word[2:-2], word[-2:]) if word in MARKS else (word,):
+                    pieces = self.bpe("".join(self.letters[x] for x in w.encode(errors="replace")))
+                    found.append((w, pieces, [self.ids[piece] for piece in pieces]))
         return found
 
     def encode(self, text):
-        """Text -> list of 77 ids: START, at most 75 pieces, END, and the pad id as often as needed."""
+        """Text -> list of 77 ids: START, at most 75 pieces, END, and the pad id to fill up."""
         ids = [i for _, _, ids in self.words(text) for i in ids][:75]
         return [START, *ids, END] + [self.pad] * (75 - len(ids))
 
     def unread(self, text):
         """The pieces beyond the 75th, which encode() drops, as text; "" if there are none."""
         pieces = [piece for _, pieces, _ in self.words(text) for piece in pieces][75:]
-        back = {letter: byte for byte, letter in self.letters.items()}
+        back = {letter: byte for byte, letter in self.letters.items()} | {" ": ord(" ")}
         written = "".join(pieces).replace("</w>", " ")
-        return bytes(back.get(x, 32) for x in written).decode(errors="replace").strip()
+        return bytes(back[letter] for letter in written).decode(errors="replace").strip()
 
 
 # %% 2. Layers -------------------------------------------------------------------------------------
-# What the three networks are made of: eight functions, and small classes that keep their weights.
+# What the three networks are made of: eight functions, and small classes that keep weights for
+# them. The functions stand apart because section 9 swaps them for faster ones of the same name;
+# what you read here is what they mean.
 #
 # Arrays are (b, n, c) for sequences and (b, h, w, c) for pictures: channels last, as MLX wants
-# them. PyTorch has (b, c, h, w); its convolution weights (out, in, kh, kw) are (out, kh, kw, in)
-# here. With channels last a 1 x 1 convolution is a Linear, and is stored as one.
+# them. PyTorch has (b, c, h, w), and its convolution weights (out, in, kh, kw) are (out, kh, kw,
+# in) here. With channels last a 1 x 1 convolution is a Linear, and is stored as one.
 #
-# Watch the epsilons. GroupNorm uses 1e-6 in the VAE and in front of each transformer, but 1e-5 in
-# the UNet's residual blocks; LayerNorm 1e-5. Ports that trust a library's default differ.
+# Watch the epsilons, the small numbers that keep a norm from dividing by 0 (they have nothing to do
+# with eps, the noise). GroupNorm has 1e-6 in the VAE and in front of each transformer, but 1e-5 in
+# the UNet's residual blocks; LayerNorm has 1e-5.
+#
+# Everything is computed in the weights' type, which may be float16. Its 11 bits are too few for
+# sums over thousands of numbers: means, variances and softmax are taken in float32.
 
 
 def linear(x, weight, bias=None):  # (..., c), (o, c), (o,) -> (..., o)
@@ -196,39 +211,46 @@ def conv2d(x, weight, bias, stride=1, padding=1):  # (b, h, w, c), (o, k, k, c) 
     return mx.conv2d(x, weight, stride, padding) + bias
 
 
-def group_norm(x, weight, bias, groups, eps):  # (b, h, w, c) -> same
-    """Give each group of c / groups channels mean 0 and variance 1, over the whole picture."""
+def group_norm(x, weight, bias, groups, epsilon):  # (b, h, w, c) -> same
+    """Give each group of c / groups channels mean 0 and variance 1, over all places.
+
+    Then each channel gets the deviation (weight) and the mean (bias) it has learned to want.
+    """
     b, h, w, c = x.shape
     y = x.astype(mx.float32).reshape(b, h * w, groups, c // groups)
-    y = (y - y.mean((1, 3), keepdims=True)) * mx.rsqrt(y.var((1, 3), keepdims=True) + eps)
+    y = (y - y.mean((1, 3), keepdims=True)) * mx.rsqrt(y.var((1, 3), keepdims=True) + epsilon)
     return y.reshape(b, h, w, c).astype(x.dtype) * weight + bias
 
 
 def layer_norm(x, weight, bias):  # (b, n, c) -> same
-    """Give each vector mean 0 and variance 1."""
+    """The same for each vector by itself."""
     y = x.astype(mx.float32)
     y = (y - y.mean(-1, keepdims=True)) * mx.rsqrt(y.var(-1, keepdims=True) + 1e-5)
     return y.astype(x.dtype) * weight + bias
 
 
 def attention(q, k, v, heads, causal=False):  # (b, n, c), (b, m, c), (b, m, c) -> (b, n, c)
-    """Let each of n positions ask a question of m others and mix their answers.
+    """Let each of n places look at m others and take from each as much as it finds fitting.
 
         softmax(Q K^T / sqrt(d)) V        for each head, on its own d of the c channels
 
-    causal: position i may look at positions 0 ... i only (m = n).
+    A place has a query q, what it looks for; each of the m has a key k, what it offers, and a value
+    v, what it gives. The better q and k fit (their product), the more of v is taken.
+    causal: place i may look at places 0 ... i only (m = n).
     """
     b, n, c = q.shape
     d = c // heads
-    q, k, v = (y.reshape(b, -1, heads, d).transpose(0, 2, 1, 3) for y in (q, k, v))
+    q, k, v = (
+        y.reshape(b, -1, heads, d).transpose(0, 2, 1, 3) for y in (q, k, v)
+    )  # (b, heads, n, d)
     # d products of unit variance add up to variance d. Without the division the softmax would see
-    # numbers so far apart that one position wins and the others get nothing.
+    # numbers so far apart that one place wins and the others give nothing.
     scores = (q * d**-0.5) @ k.transpose(0, 1, 3, 2)  # (b, heads, n, m)
     if causal:
         later = mx.arange(n)[:, None] < mx.arange(n)
-        scores = mx.where(later, -mx.inf, scores)  # exp(-inf) = 0: exactly no answer
-    weights = mx.softmax(scores, axis=-1, precise=True)  # each row sums to 1
-    return (weights @ v).transpose(0, 2, 1, 3).reshape(b, n, c)
+        scores = mx.where(later, -mx.inf, scores)  # exp(-inf) = 0: takes exactly nothing
+    shares = mx.softmax(scores, axis=-1, precise=True)  # each row sums to 1; precise: float32
+    return (shares @ v).transpose(0, 2, 1, 3).reshape(b, n, c)
 
 
 def silu(x):
@@ -241,8 +263,12 @@ def gelu(x):
 
 
 def quick_gelu(x):
-    """What CLIP was trained with in place of gelu, being faster then; up to 0.02 off."""
+    """What the first CLIP was trained with instead of gelu; they differ by up to 0.02."""
     return x * mx.sigmoid(1.702 * x)
+
+
+# An nn.Module is a dict of its arrays and sub-modules, so one can ask it whether it has a bias. The
+# zeros and ones are place-holders of the right shape until section 7 loads the weights.
 
 
 class Linear(nn.Module):
@@ -257,7 +283,7 @@ class Linear(nn.Module):
 
 
 class Conv(nn.Module):
-    """3 x 3 convolution. With stride 1 and padding 1 the picture keeps its size."""
+    """3 x 3 convolution. With stride 1 and padding 1, h and w stay what they are."""
 
     def __init__(self, c_in, c_out, stride=1, padding=1):
         super().__init__()
@@ -270,13 +296,13 @@ class Conv(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    def __init__(self, c, groups, eps):
+    def __init__(self, c, groups, epsilon):
         super().__init__()
         self.weight, self.bias = mx.ones((c,)), mx.zeros((c,))
-        self.groups, self.eps = groups, eps
+        self.groups, self.epsilon = groups, epsilon
 
     def __call__(self, x):
-        return group_norm(x, self.weight, self.bias, self.groups, self.eps)
+        return group_norm(x, self.weight, self.bias, self.groups, self.epsilon)
 
 
 class LayerNorm(nn.Module):
@@ -300,18 +326,19 @@ class Embedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention with its four matrices; all three networks use it. (ldm/modules/attention.py:152)
+    """Attention with its four matrices; all three networks use it. (modules/attention.py:152)
 
-    attention(x) is self-attention: the positions of x look at each other, m = n.
-    attention(x, context) is cross-attention: those of x look at context, m = 77. c_context: its width.
+    attention(x) is self-attention: the places of x look at each other, m = n.
+    attention(x, context) is cross-attention: those of x look at context, m = 77.
+    bias: of q, k and v; CLIP and the VAE were trained with one, the UNet without.
     """
 
-    def __init__(self, c, heads, c_context=None, bias=False):
+    def __init__(self, c, heads, context_width=None, bias=False):
         super().__init__()
         self.heads = heads
         self.to_q = Linear(c, c, bias)
-        self.to_k = Linear(c_context or c, c, bias)
-        self.to_v = Linear(c_context or c, c, bias)
+        self.to_k = Linear(context_width or c, c, bias)
+        self.to_v = Linear(context_width or c, c, bias)
         self.to_out = Linear(c, c)
 
     def __call__(self, x, context=None, causal=False):
@@ -326,14 +353,15 @@ class Attention(nn.Module):
 #   in   ids (b, 77)           out   context (b, 77, 768)
 #
 # A transformer: look up a vector for each id and add one for its place; then, twelve times, let
-# each token look at the ones before it (attention) and think about what it saw (a small network on
-# each vector alone). It was trained together with a model for pictures until matching pairs of
-# pictures and captions came out alike [5]; that is why its vectors speak of what can be seen.
+# each token look at itself and those before it (attention) and work on what it found (a small
+# network on each vector alone). Both only ever add to x, so what a layer leaves alone stays.
+# It was trained together with a network for pictures, to give matching vectors to a picture and
+# its caption [5]; so it has learned of words what can be seen of them.
 #
-# Watch: a token sees only those before it (causal). So the vector of "house" in "red house" knows
-# about red, and the padding behind the sentence knows all of it; the UNet uses both.
-# Stable Diffusion 2.x uses a larger CLIP, and leaves its last layer out: that one was trained to
-# sum up, the one before still describes. The converter drops the layer; nothing here knows of it.
+# Watch: no token sees those behind it (causal). So the vector of "house" in "red house" knows
+# about red, and the padding behind the sentence knows all of it; the UNet looks at both.
+# Stable Diffusion 2.x has a larger CLIP and takes the vectors before its last layer. The
+# converter drops that layer, so that nothing here has to know.
 
 
 class TextLayer(nn.Module):
@@ -371,26 +399,29 @@ class TextEncoder(nn.Module):
 
 
 # %% 4. UNet ---------------------------------------------------------------------------------------
-# The only network that ever sees noise. Given latents x, the time t at which they were spoiled and
-# the sentence, it answers one question: which part of x is noise?
+# Given latents x, the time t at which they were spoiled and the sentence, it answers one question:
+# what is the noise in x? (The noise at full size, variance 1; how much of it is in x, t tells.)
 #
 #   in   x (b, h, w, 4)    t    context (b, 77, 768)          out   eps (b, h, w, 4)
 #
-# It is a U: four floors down, each half as wide, then four floors up, and on the way up every
-# floor is handed what was there on the way down. Going down is how it sees the whole picture at
-# once; what is handed over is how it still knows where the edges were.
+# It is a U: four floors down, each half as high and wide and with more channels, then four floors
+# up, and on the way up every floor is handed what was there on the way down. Going down is how it
+# sees the whole picture at once; what is handed over is how it still knows where the edges were.
 #
-# Three things enter on each floor: the latents by convolution (Res), the time by addition, as a
-# bias per channel (Res), the sentence by cross-attention (Attend). Nothing else connects them.
+# Two kinds of blocks alternate. Res works on the picture, by convolution, and is told the time.
+# Attend lets the places look at each other and at the sentence. Nothing else sees the time or the
+# sentence.
 #
-# Nine tenths of the time of making a picture are spent in this network.
+# Nearly all the time a picture takes is spent here: 51 calls, and one of everything else.
 
 
 def time_features(t, c):
-    """A number as a vector of c waves: cosines, then sines, of t times 1 ... 1/10000.
+    """A number as a vector of c waves: t (b,) -> (b, c), the cosines, then the sines, of t times
+    1 ... 1/10000.
 
-    t (b,) -> (b, c). A network reads "which step of the fast wave, which of the slow one" more
-    easily than one number from 0 to 999, as we read a clock. (diffusionmodules/util.py:151)
+    (1/10000 itself is not reached: the last is one place before it, as in the original.) Like the
+    hands of a clock, the fast waves tell 17 from 18 and the slow ones 17 from 900.
+    (modules/diffusionmodules/util.py:151)
     """
     speed = mx.exp(-math.log(10000) * mx.arange(c // 2) / (c // 2))
     angle = t[:, None] * speed
@@ -400,16 +431,17 @@ def time_features(t, c):
 class Res(nn.Module):
     """Residual block: x plus what two convolutions make of it. (openaimodel.py:163)
 
-    The UNet tells it the time; the VAE, which uses it too, has none (c_time=None).
+    The time comes in as a number added to each channel. The VAE uses this block too, without time
+    (time_width=None). shortcut: gives x the channels that the sum needs, where they differ.
     """
 
-    def __init__(self, c_in, c_out, groups, eps, c_time=None):
+    def __init__(self, c_in, c_out, groups, epsilon, time_width=None):
         super().__init__()
-        self.norm1 = GroupNorm(c_in, groups, eps)
+        self.norm1 = GroupNorm(c_in, groups, epsilon)
         self.conv1 = Conv(c_in, c_out)
-        if c_time is not None:
-            self.time = Linear(c_time, c_out)
-        self.norm2 = GroupNorm(c_out, groups, eps)
+        if time_width is not None:
+            self.time = Linear(time_width, c_out)
+        self.norm2 = GroupNorm(c_out, groups, epsilon)
         self.conv2 = Conv(c_out, c_out)
         if c_in != c_out:
             self.shortcut = Linear(c_in, c_out)
@@ -423,19 +455,20 @@ class Res(nn.Module):
 
 
 class Attend(nn.Module):
-    """Transformer block: look at the picture, look at the sentence, think. (attention.py:196, 218)
+    """Transformer block: look at each other, look at the sentence, work on it.
 
-    The picture is read as a sequence: n = h * w positions, each a vector of c channels.
+    The picture is read as a sequence of n = h * w places, each a vector of c channels.
+    (modules/attention.py:196, 218)
     """
 
-    def __init__(self, c, heads, groups, c_context):
+    def __init__(self, c, heads, groups, context_width):
         super().__init__()
-        self.norm = GroupNorm(c, groups, eps=1e-6)
+        self.norm = GroupNorm(c, groups, epsilon=1e-6)
         self.proj_in = Linear(c, c)
         self.norm1 = LayerNorm(c)
         self.attn1 = Attention(c, heads)
         self.norm2 = LayerNorm(c)
-        self.attn2 = Attention(c, heads, c_context)
+        self.attn2 = Attention(c, heads, context_width)
         self.norm3 = LayerNorm(c)
         self.ff_in = Linear(c, 8 * c)
         self.ff_out = Linear(4 * c, c)
@@ -464,7 +497,7 @@ class Halve(nn.Module):
 
 
 class Double(nn.Module):
-    """Twice the height and width: every pixel becomes 2 x 2, then a convolution smooths them."""
+    """Twice the height and width: every place becomes 2 x 2, then a convolution smooths them."""
 
     def __init__(self, c):
         super().__init__()
@@ -475,64 +508,64 @@ class Double(nn.Module):
 
 
 class UNet(nn.Module):
-    """x (b, h, w, 4), t a number, context (b, 77, c_context) -> (b, h, w, 4). (openaimodel.py:413)
+    """x (b, h, w, 4), t a number, context (b, 77, context_width) -> eps (b, h, w, 4).
 
-    widths: the channels of the four floors; heads: of attention on each (there is none on the
-    last floor but in its middle). The tables' rows are the original's input_blocks, middle_block
-    and output_blocks. h and w must be multiples of 8.
+    widths: the channels of the four floors; heads: those of attention on each floor, of which the
+    last has it only in the middle. h and w must be multiples of 8. The tables' rows are the
+    original's input_blocks, middle_block and output_blocks. (openaimodel.py:413)
     """
 
-    def __init__(self, widths, heads, groups, context):
+    def __init__(self, widths, heads, groups, context_width):
         super().__init__()
         c1, c2, c3, c4 = widths
-        h1, h2, h3, h4 = heads
-        c_time = 4 * c1
+        heads1, heads2, heads3, heads4 = heads
+        self.c1, time_width = c1, 4 * c1
 
         def res(c_in, c_out):
-            return Res(c_in, c_out, groups, 1e-5, c_time)
+            return Res(c_in, c_out, groups, 1e-5, time_width)
 
         def attend(c, heads):
-            return Attend(c, heads, groups, context)
+            return Attend(c, heads, groups, context_width)
 
-        self.time1 = Linear(c1, c_time)
-        self.time2 = Linear(c_time, c_time)
+        self.time1 = Linear(c1, time_width)
+        self.time2 = Linear(time_width, time_width)
         # fmt: off
-        self.down = [                           # what is there after this row, and kept for the way up
-            [Conv(4, c1)],                                          # 64 x 64 x  320
-            [res(c1, c1), attend(c1, h1)],                          # 64 x 64 x  320
-            [res(c1, c1), attend(c1, h1)],                          # 64 x 64 x  320
-            [Halve(c1)],                                            # 32 x 32 x  320
-            [res(c1, c2), attend(c2, h2)],                          # 32 x 32 x  640
-            [res(c2, c2), attend(c2, h2)],                          # 32 x 32 x  640
-            [Halve(c2)],                                            # 16 x 16 x  640
-            [res(c2, c3), attend(c3, h3)],                          # 16 x 16 x 1280
-            [res(c3, c3), attend(c3, h3)],                          # 16 x 16 x 1280
-            [Halve(c3)],                                            #  8 x  8 x 1280
-            [res(c3, c4)],                                          #  8 x  8 x 1280
-            [res(c4, c4)],                                          #  8 x  8 x 1280
+        self.down = [                           # right: after the row, kept for the way up
+            [Conv(4, c1)],                                              # 64 x 64 x  320
+            [res(c1, c1), attend(c1, heads1)],                          # 64 x 64 x  320
+            [res(c1, c1), attend(c1, heads1)],                          # 64 x 64 x  320
+            [Halve(c1)],                                                # 32 x 32 x  320
+            [res(c1, c2), attend(c2, heads2)],                          # 32 x 32 x  640
+            [res(c2, c2), attend(c2, heads2)],                          # 32 x 32 x  640
+            [Halve(c2)],                                                # 16 x 16 x  640
+            [res(c2, c3), attend(c3, heads3)],                          # 16 x 16 x 1280
+            [res(c3, c3), attend(c3, heads3)],                          # 16 x 16 x 1280
+            [Halve(c3)],                                                #  8 x  8 x 1280
+            [res(c3, c4)],                                              #  8 x  8 x 1280
+            [res(c4, c4)],                                              #  8 x  8 x 1280
         ]
-        self.middle = [res(c4, c4), attend(c4, h4), res(c4, c4)]    #  8 x  8 x 1280
-        self.up = [                             # what comes in = from below + from the way down
-            [res(c4 + c4, c4)],                                     #  8 x  8 x 1280
-            [res(c4 + c4, c4)],                                     #  8 x  8 x 1280
-            [res(c4 + c3, c4), Double(c4)],                         # 16 x 16 x 1280
-            [res(c4 + c3, c3), attend(c3, h3)],                     # 16 x 16 x 1280
-            [res(c3 + c3, c3), attend(c3, h3)],                     # 16 x 16 x 1280
-            [res(c3 + c2, c3), attend(c3, h3), Double(c3)],         # 32 x 32 x 1280
-            [res(c3 + c2, c2), attend(c2, h2)],                     # 32 x 32 x  640
-            [res(c2 + c2, c2), attend(c2, h2)],                     # 32 x 32 x  640
-            [res(c2 + c1, c2), attend(c2, h2), Double(c2)],         # 64 x 64 x  640
-            [res(c2 + c1, c1), attend(c1, h1)],                     # 64 x 64 x  320
-            [res(c1 + c1, c1), attend(c1, h1)],                     # 64 x 64 x  320
-            [res(c1 + c1, c1), attend(c1, h1)],                     # 64 x 64 x  320
+        self.middle = [res(c4, c4), attend(c4, heads4), res(c4, c4)]    #  8 x  8 x 1280
+        self.up = [                             # c from below + c kept; right: after the row
+            [res(c4 + c4, c4)],                                         #  8 x  8 x 1280
+            [res(c4 + c4, c4)],                                         #  8 x  8 x 1280
+            [res(c4 + c3, c4), Double(c4)],                             # 16 x 16 x 1280
+            [res(c4 + c3, c3), attend(c3, heads3)],                     # 16 x 16 x 1280
+            [res(c3 + c3, c3), attend(c3, heads3)],                     # 16 x 16 x 1280
+            [res(c3 + c2, c3), attend(c3, heads3), Double(c3)],         # 32 x 32 x 1280
+            [res(c3 + c2, c2), attend(c2, heads2)],                     # 32 x 32 x  640
+            [res(c2 + c2, c2), attend(c2, heads2)],                     # 32 x 32 x  640
+            [res(c2 + c1, c2), attend(c2, heads2), Double(c2)],         # 64 x 64 x  640
+            [res(c2 + c1, c1), attend(c1, heads1)],                     # 64 x 64 x  320
+            [res(c1 + c1, c1), attend(c1, heads1)],                     # 64 x 64 x  320
+            [res(c1 + c1, c1), attend(c1, heads1)],                     # 64 x 64 x  320
         ]
         # fmt: on
-        self.norm_out = GroupNorm(c1, groups, eps=1e-5)
+        self.norm_out = GroupNorm(c1, groups, epsilon=1e-5)
         self.conv_out = Conv(c1, 4)
 
     def __call__(self, x, t, context):
-        t = mx.broadcast_to(mx.array(t, dtype=mx.float32), (len(x),))
-        time = time_features(t, self.time1.weight.shape[1]).astype(x.dtype)  # (b, 320)
+        t = mx.full((len(x),), t, mx.float32)  # the same for the whole batch
+        time = time_features(t, self.c1).astype(x.dtype)  # (b, 320)
         time = self.time2(silu(self.time1(time)))  # (b, 1280)
 
         def run(row, x):
@@ -556,29 +589,30 @@ class UNet(nn.Module):
 
 
 # %% 5. VAE ----------------------------------------------------------------------------------------
-# An autoencoder: between the picture and the latents, 1/8 of its height and width, 4 numbers a place.
+# An autoencoder: between the picture and the latents, 1/8 as high and wide, 4 numbers a place.
 #
 #   encode   picture (b, 512, 512, 3) in [-1, 1]  ->  latents (b, 64, 64, 4)
 #   decode   latents (b, 64, 64, 4)               ->  picture (b, 512, 512, 3), about [-1, 1]
 #
-# This is what "latent diffusion" [1] means: 48 times fewer numbers, and the UNet need not care
-# about texture that the decoder can make up. Text to image uses the decoder alone.
+# This is what "latent diffusion" [1] means: the UNet works on 48 times fewer numbers. Text to
+# image uses the decoder alone; the encoder is for starting from a picture.
 #
-# The encoder answers with a mean and a variance per number, as a variational autoencoder does;
-# the variances are tiny, and the mean is what most uses want. Latents are multiplied by a scale,
-# 0.18215, outside these networks, which makes their variance about 1, like the noise's.
+# It is a variational autoencoder: the encoder answers with a mean and a variance for each number,
+# since in training the decoder was shown numbers drawn at random from there, so that it would not
+# depend on the last digit. Here the mean is enough. quant and post_quant are one more linear layer
+# on either side of the latents; the name comes from another kind of autoencoder.
 #
-# As in the original: before it halves, the encoder pads only below and on the right, by (0, 1);
-# the UNet pads all four sides. Padding 1 all round gives the same shapes and other numbers.
-# (ldm/modules/diffusionmodules/model.py:60, 368, 462)
+# Outside these networks the latents are multiplied by a scale, 0.18215: 1 over the deviation that
+# the first of these encoders gave them, so that their variance is about 1, like the noise's.
+# (modules/diffusionmodules/model.py:368, 462)
 
 
 class AttendVAE(nn.Module):
-    """Self-attention over all positions, with one head as wide as c."""
+    """Self-attention over all places, with one head as wide as c."""
 
     def __init__(self, c, groups):
         super().__init__()
-        self.norm = GroupNorm(c, groups, eps=1e-6)
+        self.norm = GroupNorm(c, groups, epsilon=1e-6)
         self.attention = Attention(c, heads=1, bias=True)
 
     def __call__(self, x):
@@ -587,6 +621,11 @@ class AttendVAE(nn.Module):
 
 
 class HalveVAE(Halve):
+    """As in the original, it pads below and on the right only, (0, 1); the UNet's pads all round.
+
+    The other way would give the same shapes and other numbers. (model.py:60)
+    """
+
     def __init__(self, c):
         super().__init__(c, padding=0)
 
@@ -602,7 +641,7 @@ class VAE(nn.Module):
         c1, c2, c3, c4 = widths
 
         def res(c_in, c_out):
-            return Res(c_in, c_out, groups, eps=1e-6)
+            return Res(c_in, c_out, groups, epsilon=1e-6)
 
         # fmt: off
         self.encoder = [                                            # after this row
@@ -613,9 +652,9 @@ class VAE(nn.Module):
             res(c3, c4), res(c4, c4),                               #  64 x  64 x 512
             res(c4, c4), AttendVAE(c4, groups), res(c4, c4),        #  64 x  64 x 512
         ]
-        self.encoder_norm = GroupNorm(c4, groups, eps=1e-6)
+        self.encoder_norm = GroupNorm(c4, groups, epsilon=1e-6)
         self.encoder_out = Conv(c4, 8)
-        self.quant = Linear(8, 8)                                   #  64 x  64 x (4 means, 4 log variances)
+        self.quant = Linear(8, 8)                                   #  64 x  64 x   8
 
         self.post_quant = Linear(4, 4)
         self.decoder = [
@@ -626,17 +665,17 @@ class VAE(nn.Module):
             res(c3, c2), res(c2, c2), res(c2, c2), Double(c2),      # 512 x 512 x 256
             res(c2, c1), res(c1, c1), res(c1, c1),                  # 512 x 512 x 128
         ]
-        self.decoder_norm = GroupNorm(c1, groups, eps=1e-6)
+        self.decoder_norm = GroupNorm(c1, groups, epsilon=1e-6)
         self.decoder_out = Conv(c1, 3)
         # fmt: on
 
     def encode(self, x):
-        """Picture (b, 8h, 8w, 3) in [-1, 1] -> mean and log variance of its latents (b, h, w, 4)."""
+        """Picture (b, 8h, 8w, 3) in [-1, 1] -> mean, log variance of its latents (b, h, w, 4)."""
         for layer in self.encoder:
             x = layer(x)
         x = self.quant(self.encoder_out(silu(self.encoder_norm(x))))
         mean, log_variance = mx.split(x, 2, axis=-1)
-        return mean, mx.clip(log_variance, -30, 20)
+        return mean, mx.clip(log_variance, -30, 20)  # its exp() is neither 0 nor infinite
 
     def decode(self, x):
         """Latents (b, h, w, 4) -> picture (b, 8h, 8w, 3), mostly in [-1, 1]."""
@@ -649,17 +688,18 @@ class VAE(nn.Module):
 # %% 6. Schedule, DDIM, PLMS -----------------------------------------------------------------------
 # How noise is added in training, and how it is taken away again, step by step.
 #
-# Training spoils clean latents x0 with noise eps, more the larger t is [2, eq. 4]:
+# Training spoils clean latents x0 with noise eps, the more the larger t is [2, eq. 4]:
 #
 #     x = sqrt(abar[t]) x0 + sqrt(1 - abar[t]) eps
 #
 # The two weights' squares sum to 1, so x keeps variance 1. The UNet has learned to say eps when
-# shown x and t. From that, x0 follows; but at a large t it is a blurred guess at best, an average
-# of all pictures that x might have been. So we go a small step in its direction, ask again, and
+# shown x and t, and from that x0 follows. But at a large t that x0 is a blur, an average of all
+# the pictures that x might have been. So we go a small step in its direction, ask again, and
 # repeat: that is sampling.
 
-# The noise's variance grows in 1000 steps, evenly in its square root, and abar is what is left of
-# the signal after them. In float64, since 1000 factors are multiplied (ldm "linear" schedule).
+# BETAS[t] is the variance of the noise added at time t, growing evenly in its square root; 1 - it
+# is what that leaves of the signal's, and abar[t] the product of these up to t. float64, since up
+# to 1000 factors are multiplied. (modules/diffusionmodules/util.py:21)
 BETAS = np.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=np.float64) ** 2
 ABAR = np.cumprod(1 - BETAS)
 
@@ -667,8 +707,10 @@ ABAR = np.cumprod(1 - BETAS)
 def make_timesteps(steps):
     """The timesteps of a run, largest first: make_timesteps(50) -> [981, 961, ..., 21, 1].
 
-    Exactly as many as asked for; where 1000 is no multiple of steps the first is further from 999
-    (958 for 30 steps). 1 <= steps <= 999.
+    Evenly spaced, exactly as many as asked for, and the last one is 1, as in the original. At most
+    999, for the first of a thousand would be 1000, beyond the table. With few steps the first is
+    far from 999, 501 for two. Pure noise has to pass for x there; at 981 nearly all of the variance
+    is noise and it does, at 501 only 73 %: one reason why very few steps paint badly.
     """
     return [1000 // steps * i + 1 for i in reversed(range(steps))]
 
@@ -691,32 +733,32 @@ def ddim_step(x, eps, t, t_next):
     return math.sqrt(ABAR[t_next]) * x0 + math.sqrt(1 - ABAR[t_next]) * eps
 
 
-# A sampler walks x down the timesteps. It is a generator: it yields x after each step, so that
-# whoever runs it can show progress, save what is there or stop, and it need not know.
-#
-#   eps_at   a function (x, t) -> eps, the guided UNet of section 7
-#
-# As in the original: the last step goes to 0, where abar is 0.9991 and not 1. The last 0.09 % of
-# noise variance stay in; the VAE was made to live with more.
+# A sampler walks x down the timesteps, asking eps_at(x, t), which is the UNet with the prompt built
+# in (section 7). It is a Python generator: it yields x after each step, so that its caller can show
+# progress, save what is there or stop, and the sampler need not know about that.
 
 
 def sample_ddim(eps_at, x, timesteps):
-    """One UNet call per step [3]."""
-    for t, t_next in zip(timesteps, [*timesteps[1:], 0]):
+    """One UNet call per step [3].
+
+    As in the original, the last step goes to t = 0, where abar is 0.9991 and not 1: a little noise
+    is left in.
+    """
+    for t, t_next in itertools.pairwise([*timesteps, 0]):
         x = ddim_step(x, eps_at(x, t), t, t_next)
         yield x
 
 
-# A DDIM step believes that eps stays what it is from t to t_next: a straight line. But eps bends
-# as t falls. PLMS [4] looks back at the last three answers and extends the curve:
+# A DDIM step takes eps for constant from t to t_next. But eps changes as t falls. PLMS [4] looks
+# back at the last three answers and lays a curve through them:
 #
-#     eps' = w0 eps(t) + w1 eps(one step earlier) + w2 eps(two) + w3 eps(three)
+#     slope = w0 eps(now) + w1 eps(one step ago) + w2 eps(two ago) + w3 eps(three ago)
 #
-# then takes the same DDIM step with eps'. The weights are Adams' and Bashforth's (1883): lay a
-# polynomial through the known points, average it over the coming step. So each row sums to 1. More
-# history is free: it is still one UNet call per step.
+# then takes the same DDIM step with slope instead of eps. The weights are Adams' and Bashforth's
+# (1883): the average, over the coming step, of the polynomial through the known points. So each row
+# sums to 1. Looking back costs nothing: the old answers are there already.
 ADAMS_BASHFORTH = (
-    (1,),  # row k: what to do with k old answers
+    (1,),  # row i: with i old answers (row 0: a run of one step, which has no past and no next)
     (3 / 2, -1 / 2),
     (23 / 12, -16 / 12, 5 / 12),
     (55 / 24, -59 / 24, 37 / 24, -9 / 24),
@@ -724,13 +766,13 @@ ADAMS_BASHFORTH = (
 
 
 def sample_plms(eps_at, x, timesteps):
-    """One UNet call per step and one more: 51 for 50 steps. (ldm/models/diffusion/plms.py:174)"""
+    """One UNet call per step, two in the first: 51 for 50 steps. (models/diffusion/plms.py:174)"""
     old = []  # newest first, at most three
-    for t, t_next in zip(timesteps, [*timesteps[1:], 0]):
+    for t, t_next in itertools.pairwise([*timesteps, 0]):
         eps = eps_at(x, t)
         if not old and t_next > 0:
-            # No past yet: peek one step ahead and average the two slopes, as Heun did (1900). Not
-            # the average but the first eps becomes history.
+            # No past yet: peek one step ahead and average what is said here and there, as Heun did
+            # (1900). Not the average but the first eps becomes history.
             peek = ddim_step(x, eps, t, t_next)
             slope = (eps + eps_at(peek, t_next)) / 2
         else:
@@ -744,13 +786,113 @@ SAMPLERS = {"plms": sample_plms, "ddim": sample_ddim}
 
 
 # %% 7. Text to image ------------------------------------------------------------------------------
-# Read a model from its flat file, then put the parts together as in the diagram at the top.
-#
-# A flat file is one safetensors file: every network's weights under the attribute paths of the
-# classes above (unet.down.1.0.conv1.weight), the tokenizer's merges as bytes, and in the header a
-# "config" with the numbers. Loading maps nothing and forgives nothing: each tensor must fit.
+# The parts put together as in the diagram at the top; below that, how they get their weights.
 
 TINY = Path(__file__).resolve().parent / "tiny" / "tiny.safetensors"
+
+
+class StableDiffusion:
+    """A model: tokenizer, text_encoder, unet and vae, and what they do together.
+
+        sd = StableDiffusion("model.safetensors", dtype="float16")
+        pictures = sd.txt2img("a red house", seed=42)
+
+    path: a flat file (default: the miniature). dtype: what the text model and the UNet compute in,
+    "float32", "float16" or "bfloat16"; default float16 on a GPU, float32 on a CPU. The VAE, whose
+    numbers outgrow float16 in some models, always has float32. Raises ValueError.
+    """
+
+    def __init__(self, path=TINY, dtype=None):
+        self.config, weights = read_flat(path)
+        on_cpu = mx.default_device() == mx.Device(mx.cpu)
+        self.dtype = getattr(mx, dtype or ("float32" if on_cpu else "float16"))
+        text, unet, vae = (dict(self.config[part]) for part in ("text", "unet", "vae"))
+        merges = bytes(np.array(weights["tokenizer.merges"])).decode()
+        self.tokenizer = Tokenizer(merges, text.pop("pad"))
+        self.scale = vae.pop("scale")
+        self.text_encoder, self.unet, self.vae = TextEncoder(**text), UNet(**unet), VAE(**vae)
+        fill(self.text_encoder, weights, "text_encoder", self.dtype)
+        fill(self.unet, weights, "unet", self.dtype)
+        fill(self.vae, weights, "vae", mx.float32)
+
+    def guided(self, prompt, negative_prompt, n_images, cfg):
+        """-> the function eps_at(x, t) that the samplers ask, with the prompt built in.
+
+        Guidance [6]: ask twice, without the prompt and with it, and go from the first answer to the
+        second and beyond. 1 is the second answer itself; 7.5 overdoes what the prompt changes.
+
+            eps = eps_uncond + cfg (eps_text - eps_uncond)
+
+        The empty sentence stands for "without": in training the sentence was left out now and then.
+        A negative prompt in its place is what to go away from.
+        """
+        sentences = [prompt] if cfg == 1 else [negative_prompt, prompt]
+        ids = mx.array([self.tokenizer.encode(sentence) for sentence in sentences])
+        context = mx.repeat(self.text_encoder(ids), n_images, axis=0)  # all without, then all with
+
+        def eps_at(x, t):
+            both = mx.concatenate([x] * len(sentences)).astype(self.dtype)
+            out = self.unet(both, t, context).astype(mx.float32)
+            if cfg != 1:
+                uncond, text = mx.split(out, 2)
+                out = uncond + cfg * (text - uncond)
+            return out if self.config["prediction"] == "eps" else eps_from_v(out, x, t)
+
+        return eps_at
+
+    def generate_latents(
+        self, prompt, *, negative_prompt="", seed=42, steps=50, cfg=7.5, sampler="plms",
+        width=None, height=None, n_images=1, rng="torch",
+    ):  # fmt: skip
+        """Yield the latents x (n_images, h, w, 4) after every step; the last ones are the picture.
+
+        Picture i starts from the noise of seed + i, so each can be made again alone. width, height:
+        in pixels, multiples of 64 (default: what the model was trained on). Raises ValueError.
+        """
+        width = self.config["size"] if width is None else width
+        height = self.config["size"] if height is None else height
+        check_options(steps, cfg, sampler, width, height, n_images, rng)
+        # Drawn as (b, c, h, w), so that the numbers fall in the places where PyTorch has them.
+        noise = [RNGS[rng](seed + i, (1, 4, height // 8, width // 8)) for i in range(n_images)]
+        noise = mx.array(np.concatenate(noise).transpose(0, 2, 3, 1))
+        eps_at = self.guided(prompt, negative_prompt, n_images, cfg)
+        for x in SAMPLERS[sampler](eps_at, noise, make_timesteps(steps)):
+            mx.eval(x)  # MLX only notes what is to be computed, until it is told to do it
+            yield x
+
+    def decode(self, x):
+        """Latents (b, h, w, 4) -> pictures (b, 8h, 8w, 3) in [0, 1]."""
+        return mx.clip(self.vae.decode(x.astype(mx.float32) / self.scale) / 2 + 0.5, 0, 1)
+
+    def encode(self, pictures):
+        """Pictures (b, 8h, 8w, 3) in [0, 1] -> latents (b, h, w, 4): the means, without noise."""
+        return self.vae.encode(mx.array(pictures) * 2 - 1)[0] * self.scale
+
+    def txt2img(self, prompt, **options):
+        """A sentence -> list of PIL pictures. Options: those of generate_latents."""
+        for x in self.generate_latents(prompt, **options):
+            pass
+        return self.to_pictures(x)
+
+    def to_pictures(self, x):
+        """Latents (b, h, w, 4) -> list of PIL pictures, decoded one at a time to save memory.
+
+        To 8 bits by rounding, as diffusers does; the original cuts off, half a level darker.
+        """
+        pictures = [self.decode(x[i : i + 1])[0] for i in range(len(x))]
+        return [Image.fromarray((np.array(p) * 255 + 0.5).astype(np.uint8)) for p in pictures]
+
+
+# A flat file is one safetensors file: every network's weights under the attribute paths of the
+# classes above (unet.down.1.0.conv1.weight), the tokenizer's merges as bytes, and in the header a
+# "config" with the numbers. That of Stable Diffusion 1.5:
+#
+#   {"kind": "model", "name": "Stable Diffusion 1.x", "size": 512, "prediction": "eps",
+#    "text": {"width": 768, "layers": 12, "heads": 12, "activation": "quick_gelu",
+#             "vocabulary": 49408, "pad": 49407},
+#    "unet": {"widths": [320, 640, 1280, 1280], "heads": [8, 8, 8, 8], "groups": 32,
+#             "context_width": 768},
+#    "vae": {"widths": [128, 256, 512, 512], "groups": 32, "scale": 0.18215}}
 
 
 def read_flat(path):
@@ -760,26 +902,25 @@ def read_flat(path):
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"no model at {path}. --model wants a file made by convert_weights.py.")
+        raise ValueError(f"no model at {path}. Give a file made by convert_weights.py.")
     try:
         # MLX trusts what the header says about sizes; safetensors checks it. So that goes first.
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        message = f"{path} is not a safetensors file ({error}). {convert_it(path)}"
-        raise ValueError(message) from None
+        raise ValueError(f"{path} is no safetensors file ({error}). {convert_it(path)}") from None
     if metadata.get("format") != "sd.py 1":
-        raise ValueError(f"{path} was not made by convert_weights.py. {convert_it(path)}")
+        raise ValueError(f"{path} was not made by this convert_weights.py. {convert_it(path)}")
     weights = mx.load(str(path), format="safetensors")
     return json.loads(metadata["config"]), weights
 
 
 def convert_it(path):
-    return f"Make a flat file of it once:\n       python convert_weights.py {path}"
+    return f"Make a flat file of the checkpoint once:\n       python convert_weights.py {path}"
 
 
 def fill(network, weights, prefix, dtype):
-    """Give a network its weights: each parameter exactly one tensor of its shape, none left over."""
+    """Give a network its weights: each parameter one tensor of its shape, none left over."""
     start = prefix + "."
     given = {name[len(start) :]: w for name, w in weights.items() if name.startswith(start)}
     wanted = {name: p.shape for name, p in tree_flatten(network.parameters())}
@@ -796,144 +937,26 @@ def fill(network, weights, prefix, dtype):
     mx.eval(network.parameters())
 
 
-class StableDiffusion:
-    """A model: tokenizer, text_encoder, unet and vae, and what they do together.
-
-        sd = StableDiffusion("model.safetensors", dtype="float16")
-        pictures = sd.txt2img("a red house", seed=42)
-
-    path: a flat file (default: the miniature). dtype: what the text model and the UNet compute in,
-    "float32", "float16" or "bfloat16"; default float16 on a GPU, float32 on a CPU. The VAE, whose
-    numbers outgrow float16 in some models, always has float32.
-    """
-
-    def __init__(self, path=TINY, dtype=None):
-        self.config, weights = read_flat(path)
-        on_cpu = mx.default_device() == mx.Device(mx.cpu)
-        self.dtype = getattr(mx, dtype or ("float32" if on_cpu else "float16"))
-        text, unet, vae = (dict(self.config[part]) for part in ("text", "unet", "vae"))
-        merges = bytes(np.array(weights["tokenizer.merges"])).decode()
-        self.tokenizer = Tokenizer(merges, text.pop("pad"))
-        self.scale = vae.pop("scale")
-        self.text_encoder, self.unet, self.vae = TextEncoder(**text), UNet(**unet), VAE(**vae)
-        fill(self.text_encoder, weights, "text_encoder", self.dtype)
-        fill(self.unet, weights, "unet", self.dtype)
-        fill(self.vae, weights, "vae", mx.float32)
-
-    def context(self, *prompts):
-        """Sentences -> (b, 77, c): what the UNet is told."""
-        return self.text_encoder(mx.array([self.tokenizer.encode(p) for p in prompts]))
-
-    def guided(self, prompt, negative_prompt, n_images, cfg):
-        """-> the function eps_at(x, t) that the samplers ask, with the prompt built in.
-
-        Guidance [6]: ask twice, without the prompt (or with the negative one) and with it, and go
-        from the first answer to the second and beyond:
-
-            eps = eps_uncond + cfg (eps_text - eps_uncond)
-
-        cfg 1 is the second answer alone, so then there is no first; 7.5 overstates what the
-        prompt changes, which makes pictures that match it better than the data did.
-        """
-        both = [prompt] if cfg == 1 else [negative_prompt, prompt]
-        context = mx.repeat(self.context(*both), n_images, axis=0)  # (2b, 77, c): b without, b with
-
-        def eps_at(x, t):
-            out = self.unet(mx.concatenate([x] * len(both)).astype(self.dtype), t, context)
-            out = out.astype(mx.float32)
-            if cfg != 1:
-                uncond, text = mx.split(out, 2)
-                out = uncond + cfg * (text - uncond)
-            return out if self.config["prediction"] == "eps" else eps_from_v(out, x, t)
-
-        return eps_at
-
-    def generate_latents(
-        self,
-        prompt,
-        *,
-        negative_prompt="",
-        seed=42,
-        steps=50,
-        cfg=7.5,
-        sampler="plms",
-        width=None,
-        height=None,
-        n_images=1,
-        rng="torch",
-    ):
-        """Yield the latents x (n_images, h, w, 4) after every step; the last ones are the picture.
-
-        Picture i starts from the noise of seed + i, so each can be made again alone. width, height
-        in pixels, multiples of 64 (default: what the model was trained on). Raises ValueError.
-        """
-        width, height = width or self.config["size"], height or self.config["size"]
-        check_options(steps, cfg, sampler, width, height, n_images, rng)
-        noise = [RNGS[rng](seed + i, (1, 4, height // 8, width // 8)) for i in range(n_images)]
-        noise = mx.array(np.concatenate(noise).transpose(0, 2, 3, 1))  # drawn as (b, c, h, w)
-        eps_at = self.guided(prompt, negative_prompt, n_images, cfg)
-        for x in SAMPLERS[sampler](eps_at, noise, make_timesteps(steps)):
-            mx.eval(x)  # MLX only notes what is to be computed until it is told; here it is told
-            yield x
-
-    def decode(self, x):
-        """Latents (b, h, w, 4) -> pictures (b, 8h, 8w, 3) in [0, 1]."""
-        return mx.clip(self.vae.decode(x.astype(mx.float32) / self.scale) / 2 + 0.5, 0, 1)
-
-    def encode(self, pictures):
-        """Pictures (b, 8h, 8w, 3) in [0, 1] -> latents (b, h, w, 4): the means, without noise."""
-        return self.vae.encode(mx.array(pictures) * 2 - 1)[0] * self.scale
-
-    def txt2img(self, prompt, **options):
-        """A sentence -> list of PIL pictures. Options: those of generate_latents."""
-        for x in self.generate_latents(prompt, **options):
-            pass
-        return [to_pil(self.decode(x[i : i + 1])[0]) for i in range(len(x))]
-
-
-def check_options(steps, cfg, sampler, width, height, n_images, rng):
-    """ValueError, with the value and what to do, for whatever generate_latents can't do."""
-    for name, value in (("width", width), ("height", height)):
-        if value % 64 or value < 64:
-            low = max(64, value // 64 * 64)
-            raise ValueError(
-                f"{name} {value} is not a multiple of 64. The UNet halves the latents three times, "
-                f"and they are 1/8 of the picture. Nearest: {low} or {low + 64}."
-            )
-    if not 1 <= steps <= 999:
-        raise ValueError(f"steps {steps} can't be: 1 to 999, the training had 1000 timesteps.")
-    if not math.isfinite(cfg):
-        raise ValueError(f"cfg {cfg} can't be: a number, 1 for none, 7.5 for the usual.")
-    if n_images < 1:
-        raise ValueError(f"n_images {n_images} can't be: at least 1.")
-    for name, value, known in (("sampler", sampler, SAMPLERS), ("rng", rng, RNGS)):
-        if value not in known:
-            raise ValueError(f"{name} {value!r} is not known. There are: {', '.join(known)}.")
-
-
-def to_pil(picture):
-    """(h, w, 3) in [0, 1] -> a PIL picture, rounded to 8 bits (not cut off, as some ports do)."""
-    return Image.fromarray((np.array(picture) * 255 + 0.5).astype(np.uint8))
-
-
-# That is Stable Diffusion. The rest of this file is optional.
+# That is Stable Diffusion. The rest of this file is optional: the noise to start from (section 8)
+# could be any library's normal random numbers.
 
 # ================================================================================== III. Plumbing
 
 # %% 8. Random numbers -----------------------------------------------------------------------------
 # The picture depends on the noise it starts from, so the same seed gives the same picture only in
-# programs that draw the same numbers. A generator is a function (seed, shape) -> float32 array.
+# programs that draw the same numbers. Here each is a function (seed, shape) -> float32 array.
 
 
 def torch_randn(seed, shape):
     """What torch.manual_seed(seed); torch.randn(shape) gives on a CPU, to float32 rounding.
 
-    A Mersenne twister yields 32-bit words; NumPy's old generator is the same twister. From 16
-    numbers on, torch keeps each word's low 24 bits as a uniform number in [0, 1), takes them 16 at
-    a time, pairs the first 8 with the last 8 and turns each pair into two normal numbers (Box and
-    Muller: a radius and an angle). If the size is no multiple of 16, the last 16 numbers are drawn
-    once more. Below 16 it takes 53 bits from two words, one number after the other, in float64.
-    (aten/src/ATen/native/cpu/DistributionTemplates.h, normal_fill)
+    A Mersenne twister yields 32-bit words; NumPy's old generator is the same twister. torch keeps
+    each word's low 24 bits as a uniform number in [0, 1), takes them 16 at a time, pairs the first
+    8 with the last 8 and turns each pair into two normal numbers (Box and Muller: a radius and an
+    angle). That is all that latents need, whose size is always a multiple of 256. Elsewhere: if the
+    size is no multiple of 16, the last 16 numbers are drawn once more; below 16 it takes 53 bits
+    from two words, one number after the other, in float64.
+    (PyTorch's aten/src/ATen/native/cpu/DistributionTemplates.h, normal_fill)
     """
     n = math.prod(shape)
     twister = np.random.RandomState(seed % 2**32)
@@ -1139,7 +1162,7 @@ def conv_winograd(padded, u, bias):  # (b, h + 2, w + 2, c), (36, c, o) -> (b, h
     return out.reshape(b, h - 2, w - 2, o)
 
 
-def cpu_group_norm(x, weight, bias, groups, eps):
+def cpu_group_norm(x, weight, bias, groups, epsilon):
     b, h, w, c = x.shape
     out = scratch("normed", b, h * w, c)
     rows = max(1, (1 << 15) // c)
@@ -1160,7 +1183,7 @@ def cpu_group_norm(x, weight, bias, groups, eps):
         # Variance of a group: that inside its channels, and that of their means.
         inside = (square - mean**2).reshape(groups, -1).mean(1)
         between = ((mean.reshape(groups, -1) - group_mean[:, None]) ** 2).mean(1)
-        scale = np.repeat(1 / np.sqrt(inside + between + eps), c // groups) * view(weight)
+        scale = np.repeat(1 / np.sqrt(inside + between + epsilon), c // groups) * view(weight)
         shift = view(bias) - np.repeat(group_mean, c // groups) * scale
         scale, shift = scale.astype(np.float32), shift.astype(np.float32)
 
@@ -1250,10 +1273,32 @@ use_kernels("cpu" if mx.default_device() == mx.Device(mx.cpu) else "gpu")
 
 
 # %% 10. Command line ------------------------------------------------------------------------------
+# Options, messages, files. Whatever can be wrong is found out before the painting begins, and said
+# in one message: what, with which value, and what to do now. No file that is there is overwritten.
+
+
+def check_options(steps, cfg, sampler, width, height, n_images, rng):
+    """ValueError for whatever generate_latents can't do."""
+    for name, value in (("width", width), ("height", height)):
+        if value % 64 or value < 64:
+            low = max(64, value // 64 * 64)
+            raise ValueError(
+                f"{name} {value} is not a multiple of 64. The UNet halves the latents three times, "
+                f"and they are 1/8 of the picture. Nearest: {low} or {low + 64}."
+            )
+    if not 1 <= steps <= 999:
+        raise ValueError(f"steps {steps} can't be: at least 1, at most 999. 20 to 50 are usual.")
+    if not math.isfinite(cfg):
+        raise ValueError(f"cfg {cfg} can't be: a number, 1 for none, 7.5 for the usual.")
+    if n_images < 1:
+        raise ValueError(f"n_images {n_images} can't be: at least 1.")
+    for name, value, known in (("sampler", sampler, SAMPLERS), ("rng", rng, RNGS)):
+        if value not in known:
+            raise ValueError(f"{name} {value!r} is not known. There are: {', '.join(known)}.")
 
 
 def stop(message):
-    """What is wrong, with which value, and what to do now; then exit status 2."""
+    """End with exit status 2 and no traceback."""
     print(f"sd.py: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -1267,7 +1312,7 @@ def is_flat(path):
 
 
 def flat_file(path):
-    """The flat file for --model: path itself or, for a checkpoint, what convert_weights.py makes of it.
+    """The flat file for --model: path itself or what convert_weights.py makes of a checkpoint.
 
     That is kept beside the checkpoint, or in the cache folder where that can't be written, and used
     again as long as it is newer than the checkpoint.
@@ -1277,7 +1322,7 @@ def flat_file(path):
     name = (path.name if path.is_dir() else path.stem) + ".flat.safetensors"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sd.py"
     beside = path.resolve().parent / name
-    places = [beside, cache / f"{abs(hash_text(str(path.resolve()))):x}-{name}"]
+    places = [beside, cache / f"{hashlib.sha256(bytes(path.resolve())).hexdigest()[:12]}-{name}"]
     for place in places:
         if is_flat(place) and place.stat().st_mtime >= path.stat().st_mtime:
             print(f"using {place}, made from {path.name} before", file=sys.stderr)
@@ -1292,25 +1337,19 @@ def flat_file(path):
     return convert_weights.convert(path, place, log=lambda line: print(line, file=sys.stderr))
 
 
-def hash_text(text):
-    import hashlib
-
-    return int(hashlib.sha256(text.encode(errors="replace")).hexdigest()[:12], 16)
-
-
 def free_name(path):
-    """path, or the first of path-2, path-3 ... that is not taken: no picture is ever overwritten."""
+    """path, or the first of path-2, path-3 ... that is not taken: no picture is overwritten."""
     names = (path.with_stem(f"{path.stem}-{i}") if i > 1 else path for i in range(1, 10**9))
     return next(name for name in names if not name.exists())
 
 
-def parameters(args, seed, width, height):
-    """What it takes to make the picture again, as other tools write it: the PNG's "parameters" text."""
+def parameters(args, seed, width, height, images=1):
+    """What makes the picture again, as other tools write it: the PNG's "parameters" text."""
     negative = f"\nNegative prompt: {args.negative_prompt}" if args.negative_prompt else ""
     return (
         f"{args.prompt}{negative}\nSteps: {args.steps}, Sampler: {args.sampler.upper()}, "
         f"CFG scale: {args.cfg}, Seed: {seed}, Size: {width}x{height}, Model: {args.model.stem}, "
-        f"RNG: {args.rng}, dtype: {args.dtype}, Version: sd.py"
+        f"RNG: {args.rng}, dtype: {args.dtype}, Images: {images}, Version: sd.py"
     )
 
 
@@ -1366,10 +1405,10 @@ def paint(sd, args):
         left = pace * (args.steps - i)
         line = f"step {i}/{args.steps}  {pace:.2f} s a step  {left:.0f} s left "
         print(line, end=end if i < args.steps else "\n", file=sys.stderr, flush=True)
-    pictures = [to_pil(sd.decode(x[i : i + 1])[0]) for i in range(len(x))]
+    pictures = sd.to_pictures(x)
     width, height = pictures[0].size
     if args.n_rows:
-        text = parameters(args, args.seed, width, height)
+        text = parameters(args, args.seed, width, height, f"{len(pictures)} in {args.n_rows} rows")
         save(grid(pictures, args.n_rows), args.output, text)
         return
     for i, picture in enumerate(pictures):
@@ -1386,90 +1425,42 @@ def make_parser():
   python sd.py --prompt "a green tree" --n-images 4 --n-rows 2
   python sd.py --model sd-v1-4.ckpt --prompt "a lighthouse in a storm, oil on canvas" """,
     )
+    # fmt: off
     g = p.add_argument_group("what to paint")
-    g.add_argument(
-        "--prompt",
-        default="a red house on the grass at sunset",
-        metavar="TEXT",
-        help='what should be in the picture (default: "%(default)s")',
-    )
-    g.add_argument(
-        "--negative-prompt", default="", metavar="TEXT", help="what should not (default: nothing)"
-    )
-    g.add_argument(
-        "--width", type=int, metavar="N", help="in pixels, a multiple of 64 (default: the model's)"
-    )
-    g.add_argument(
-        "--height", type=int, metavar="N", help="in pixels, a multiple of 64 (default: the model's)"
-    )
-    g.add_argument(
-        "--n-images",
-        type=int,
-        default=1,
-        metavar="N",
-        help="how many; the second has seed + 1, and so on (default: 1)",
-    )
-    g.add_argument(
-        "--n-rows",
-        type=int,
-        metavar="N",
-        help="put all of them into one picture with so many rows (default: a file each)",
-    )
+    g.add_argument("--prompt", default="a red house on the grass at sunset", metavar="TEXT",
+                   help='what should be in the picture (default: "%(default)s")')
+    g.add_argument("--negative-prompt", default="", metavar="TEXT",
+                   help="what should not (default: nothing)")
+    g.add_argument("--width", type=int, metavar="N",
+                   help="in pixels, a multiple of 64 (default: what the model was trained on)")
+    g.add_argument("--height", type=int, metavar="N", help="likewise")
+    g.add_argument("--n-images", type=int, default=1, metavar="N",
+                   help="how many; the second has seed + 1, and so on (default: 1)")
+    g.add_argument("--n-rows", type=int, metavar="N",
+                   help="put all of them into one picture with N rows (default: a file each)")
     g = p.add_argument_group("how to paint it")
-    g.add_argument(
-        "--seed",
-        type=int,
-        default=42,
-        metavar="N",
-        help="the noise to start from, as torch.manual_seed(N) on a CPU draws it (default: 42)",
-    )
-    g.add_argument(
-        "--steps",
-        type=int,
-        default=50,
-        metavar="N",
-        help="one UNet call each, for PLMS one more (default: 50)",
-    )
-    g.add_argument(
-        "--cfg",
-        type=float,
-        default=7.5,
-        metavar="S",
-        help="how far to follow the prompt: 1 follows, 7.5 insists (default: 7.5)",
-    )
-    g.add_argument(
-        "--sampler",
-        default="plms",
-        choices=SAMPLERS,
-        help="how to walk from noise to picture (default: plms)",
-    )
-    g.add_argument(
-        "--rng", default="torch", choices=RNGS, help="whose random numbers (default: torch)"
-    )
+    g.add_argument("--seed", type=int, default=42, metavar="N",
+                   help="the noise to start from, as torch.manual_seed(N) gives it on a CPU "
+                        "(default: 42)")
+    g.add_argument("--steps", type=int, default=50, metavar="N",
+                   help="from noise to picture, a UNet call each, for PLMS one more (default: 50)")
+    g.add_argument("--cfg", type=float, default=7.5, metavar="S",
+                   help="how far to follow the prompt: 1 follows, 7.5 insists (default: 7.5)")
+    g.add_argument("--sampler", default="plms", choices=SAMPLERS,
+                   help="how to walk from noise to picture (default: plms)")
+    g.add_argument("--rng", default="torch", choices=RNGS,
+                   help="whose random numbers (default: torch)")
     g = p.add_argument_group("with what, and where to")
-    g.add_argument(
-        "--model",
-        type=Path,
-        default=TINY,
-        metavar="FILE",
-        help="a flat file, or a checkpoint or diffusers folder, which is converted once "
-        "(default: the miniature that comes with this program)",
-    )
-    g.add_argument(
-        "--dtype",
-        choices=("float32", "float16", "bfloat16"),
-        help="to compute in (default: float32 on a CPU, float16 on a GPU)",
-    )
-    g.add_argument(
-        "--output",
-        type=Path,
-        default=Path("out.png"),
-        metavar="FILE",
-        help="a .png; if it is there, -2, -3 ... is put behind the name (default: out.png)",
-    )
-    g.add_argument(
-        "--show-tokens", action="store_true", help="only print how the prompt is cut into tokens"
-    )
+    g.add_argument("--model", type=Path, default=TINY, metavar="FILE",
+                   help="a flat file; or a checkpoint or diffusers folder, which is converted once "
+                        "(default: the miniature that comes with this program)")
+    g.add_argument("--dtype", choices=("float32", "float16", "bfloat16"),
+                   help="to compute in (default: float32 on a CPU, float16 on a GPU)")
+    g.add_argument("--output", type=Path, default=Path("out.png"), metavar="FILE",
+                   help="a .png; if it exists, -2, -3 ... is added to the name (default: out.png)")
+    g.add_argument("--show-tokens", action="store_true",
+                   help="only print how the prompt is cut into tokens")
+    # fmt: on
     return p
 
 
@@ -1495,7 +1486,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         stop(error)
     except KeyboardInterrupt:
-        print("\nstopped; nothing was saved", file=sys.stderr)
+        print("\nsd.py: stopped", file=sys.stderr)
         sys.exit(130)
 
 

@@ -54,9 +54,12 @@ GROUNDS = {
     "sea": ((44, 118, 186), ("on the sea", "on the water", "at sea")),
 }
 TIMES = {  # sky above, sky at the horizon, how much light falls on the ground, how people say it
-    "day": ((112, 180, 238), (206, 232, 250), (1.0, 1.0, 1.0), ("by day", "in daylight", "during the day")),
-    "sunset": ((122, 70, 146), (252, 176, 88), (0.86, 0.72, 0.66), ("at sunset", "at dusk", "in the evening")),
-    "night": ((12, 14, 48), (46, 50, 106), (0.36, 0.40, 0.54), ("at night", "by night", "in the night")),
+    "day": ((112, 180, 238), (206, 232, 250), (1.0, 1.0, 1.0),
+            ("by day", "in daylight", "during the day")),
+    "sunset": ((122, 70, 146), (252, 176, 88), (0.86, 0.72, 0.66),
+               ("at sunset", "at dusk", "in the evening")),
+    "night": ((12, 14, 48), (46, 50, 106), (0.36, 0.40, 0.54),
+              ("at night", "by night", "in the night")),
 }  # fmt: skip
 
 
@@ -204,7 +207,7 @@ def draw(seed):
 
 
 def sentence(rng, thing, colour, ground, when):
-    """One of the ways to say it. Parts are left out at random, so that they may be left out later."""
+    """One of the ways to say it. Parts are left out at random, so that prompts may do so, too."""
     article = rng.choice(("a", "a", "a", "the", ""))
     what = thing if rng.random() < 0.06 else f"{colour} {thing}"
     if article == "a" and what[0] in "aeiou":
@@ -335,14 +338,14 @@ class Stage:
     def tick(self, loss, every=50):
         self.start = self.start or (time.time(), self.step)
         self.step += 1
-        self.losses.append(float(loss))
+        self.losses.append(loss.item())
         if self.step % every == 0 or self.step == self.steps:
             pace = (time.time() - self.start[0]) / (self.step - self.start[1])
             left = pace * (self.steps - self.step) / 60
             mean = sum(self.losses) / len(self.losses)
             print(
-                f"{self.path.stem}: step {self.step}/{self.steps}  loss {mean:.4f}  {pace:.2f} s a step  "
-                f"{left:.0f} min left",
+                f"{self.path.stem}: step {self.step}/{self.steps}  loss {mean:.4f}  "
+                f"{pace:.2f} s a step  {left:.0f} min left",
                 flush=True,
             )
             self.losses = []
@@ -482,13 +485,13 @@ def train_unet(unet, text, latents, ids, nothing, folder, steps, sample):
 
 SAMPLES = (
     "a red house", "a blue boat", "a green tree on the snow", "a yellow car at night",
-    "a purple rocket at sunset", "an orange mushroom on the grass", "a red balloon on the sea by day",
-    "a yellow flower on the sand at night",
+    "a purple rocket at sunset", "an orange mushroom on the grass",
+    "a red balloon on the sea by day", "a yellow flower on the sand at night",
 )  # fmt: skip
 
 
 def sampler(vae, words):
-    """A function that paints the eight sentences above with diffusers, 20 steps, into one picture."""
+    """A function that paints the eight sentences above with diffusers, in 20 steps, as one file."""
     import torch
     from diffusers import PNDMScheduler
 
