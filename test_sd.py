@@ -2220,6 +2220,12 @@ def test_nothing_else_is_imported():
 # %% At full size ----------------------------------------------------------------------------------
 
 
+def assert_full_size(name, result, truth):
+    result, truth = np.array(result), truth.numpy()
+    print(f"{name}: relative error {np.abs(result - truth).max() / np.abs(truth).max():.1e}")
+    assert_close(result, truth, 1e-4)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("name", SIZES)
 def test_the_unet_at_full_size_is_that_of_diffusers(name):
@@ -2229,6 +2235,25 @@ def test_the_unet_at_full_size_is_that_of_diffusers(name):
     heads = [heads] * 4 if isinstance(heads, int) else list(heads)
     ours = sd.UNet([320, 640, 1280, 1280], heads, 32, options["cross_attention_dim"])
     ours = ours_from(ours, "unet", theirs)
-    result, truth = run_unet(theirs, ours, h=64, w=64)
-    print(f"{name}: relative error {np.abs(result - truth.numpy()).max() / truth.abs().max():.1e}")
-    assert_close(result, truth, 1e-4)
+    assert_full_size(f"the UNet of {name}", *run_unet(theirs, ours, h=64, w=64))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", SIZES)
+def test_the_text_model_at_full_size_is_that_of_transformers(name):
+    width = SIZES[name]["cross_attention_dim"]
+    config = CONFIGS["sd1" if width == 768 else "sd2"]["text"]
+    config = config | {"width": width, "layers": 12 if width == 768 else 23, "heads": width // 64}
+    theirs = shake(reference_models(CONFIGS["sd1"] | {"text": config})[0])
+    config.pop("pad")
+    ours = ours_from(sd.TextEncoder(vocabulary=49408, **config), "text_encoder", theirs)
+    assert_full_size(f"the text model of {name}", *run_text(theirs, ours))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("network", ["encoder", "decoder"])
+def test_the_vae_at_full_size_is_that_of_diffusers(network):
+    config = {"widths": [128, 256, 512, 512], "groups": 32}
+    theirs = reference_models(CONFIGS["sd1"] | {"vae": config | {"scale": 0.18215}})[2]
+    ours = ours_from(sd.VAE(**config), "vae", shake(theirs))
+    assert_full_size(f"the VAE's {network}", *RUNS[network][0](theirs, ours))
