@@ -1087,6 +1087,7 @@ one_of = lambda *words: lambda value: type(value) is str and value in words
 SCHEMA = {
     "name": lambda value: type(value) is str and len(value) < 100,
     "size": whole,
+    "cfg": lambda value: type(value) in (int, float) and 0 <= value < 100,
     "prediction": one_of("eps", "v"),
     "text": {
         "layers": lambda value: whole(value) and value <= 100,
@@ -1389,6 +1390,7 @@ def convert_to(output, path, dtype, prediction, vae_path, log):
     log(f"{path}: {config['name']}, because {why}")
     config["prediction"], why_prediction = find_prediction(prediction, source, second, found)
     log(f"it predicts {config['prediction']} ({why_prediction})")
+    config.setdefault("cfg", 7.5)
     config.setdefault("size", 768 if second and config["prediction"] == "v" else 512)
     warnings(source, log)
     account(source, found, unet, vae_path, log)

@@ -806,11 +806,10 @@ class StableDiffusion:
         self.config, weights = read_flat(path)
         on_cpu = mx.default_device() == mx.Device(mx.cpu)
         self.dtype = getattr(mx, dtype or ("float32" if on_cpu else "float16"))
-        text, unet, vae = (dict(self.config[part]) for part in ("text", "unet", "vae"))
+        self.text_encoder, self.unet, self.vae = networks(self.config, path)
+        self.scale = self.config["vae"]["scale"]
         merges = bytes(np.array(weights["tokenizer.merges"])).decode()
-        self.tokenizer = Tokenizer(merges, text.pop("pad"))
-        self.scale = vae.pop("scale")
-        self.text_encoder, self.unet, self.vae = TextEncoder(**text), UNet(**unet), VAE(**vae)
+        self.tokenizer = Tokenizer(merges, self.config["text"]["pad"])
         fill(self.text_encoder, weights, "text_encoder", self.dtype)
         fill(self.unet, weights, "unet", self.dtype)
         fill(self.vae, weights, "vae", mx.float32)
@@ -819,7 +818,7 @@ class StableDiffusion:
         """-> the function eps_at(x, t) that the samplers ask, with the prompt built in.
 
         Guidance [6]: ask twice, without the prompt and with it, and go from the first answer to the
-        second and beyond. 1 is the second answer itself; 7.5 overdoes what the prompt changes.
+        second and beyond. 1 is the second answer itself, 7.5 overdoes what the prompt changes.
 
             eps = eps_uncond + cfg (eps_text - eps_uncond)
 
@@ -841,14 +840,16 @@ class StableDiffusion:
         return eps_at
 
     def generate_latents(
-        self, prompt, *, negative_prompt="", seed=42, steps=50, cfg=7.5, sampler="plms",
+        self, prompt, *, negative_prompt="", seed=42, steps=50, cfg=None, sampler="plms",
         width=None, height=None, n_images=1, rng="torch",
     ):  # fmt: skip
         """Yield the latents x (n_images, h, w, 4) after every step; the last ones are the picture.
 
-        Picture i starts from the noise of seed + i, so each can be made again alone. width, height:
-        in pixels, multiples of 64 (default: what the model was trained on). Raises ValueError.
+                Picture i starts from the noise of seed + i, so each can be made again alone. width, height:
+        #   {"kind": "model", "name": "Stable Diffusion 1.x", "size": 512, "prediction": "eps", "cfg": 7.5,
+                own, 7.5 for Stable Diffusion. Raises ValueError.
         """
+        cfg = self.config["cfg"] if cfg is None else cfg
         width = self.config["size"] if width is None else width
         height = self.config["size"] if height is None else height
         check_options(steps, cfg, sampler, width, height, n_images, rng)
@@ -887,7 +888,7 @@ class StableDiffusion:
 # classes above (unet.down.1.0.conv1.weight), the tokenizer's merges as bytes, and in the header a
 # "config" with the numbers. That of Stable Diffusion 1.5:
 #
-#   {"kind": "model", "name": "Stable Diffusion 1.x", "size": 512, "prediction": "eps",
+#   {"kind": "model", "name": "Stable Diffusion 1.x", "size": 512, "cfg": 7.5, "prediction": "eps",
 #    "text": {"width": 768, "layers": 12, "heads": 12, "activation": "quick_gelu",
 #             "vocabulary": 49408, "pad": 49407},
 #    "unet": {"widths": [320, 640, 1280, 1280], "heads": [8, 8, 8, 8], "groups": 32,
@@ -912,7 +913,24 @@ def read_flat(path):
     if metadata.get("format") != "sd.py 1":
         raise ValueError(f"{path} was not made by this convert_weights.py. {convert_it(path)}")
     weights = mx.load(str(path), format="safetensors")
-    return json.loads(metadata["config"]), weights
+    if "tokenizer.merges" not in weights:
+        raise ValueError(f"{path} has no tokenizer.merges. {convert_it('the checkpoint')}")
+    try:
+        return json.loads(metadata.get("config", "")), weights
+    except ValueError as error:
+        raise ValueError(f"{path} has a damaged config ({error}). Convert it again.") from None
+
+
+def networks(config, path):
+    """-> the TextEncoder, UNet and VAE that a config describes, still without weights."""
+    try:
+        numbers = {part: dict(config[part]) for part in ("text", "unet", "vae")}
+        numbers["text"].pop("pad")
+        numbers["vae"].pop("scale")
+        return TextEncoder(**numbers["text"]), UNet(**numbers["unet"]), VAE(**numbers["vae"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        message = f"{path} has a config that is none of this program's ({error!r})."
+        raise ValueError(f"{message} {convert_it('the checkpoint')}") from None
 
 
 def convert_it(path):
@@ -1444,8 +1462,9 @@ def make_parser():
                         "(default: 42)")
     g.add_argument("--steps", type=int, default=50, metavar="N",
                    help="from noise to picture, a UNet call each, for PLMS one more (default: 50)")
-    g.add_argument("--cfg", type=float, default=7.5, metavar="S",
-                   help="how far to follow the prompt: 1 follows, 7.5 insists (default: 7.5)")
+    g.add_argument("--cfg", type=float, metavar="S",
+                   help="how far to follow the prompt: 1 follows, 7.5 insists (default: the "
+                        "model's, 7.5 for Stable Diffusion, 3 for the miniature)")
     g.add_argument("--sampler", default="plms", choices=SAMPLERS,
                    help="how to walk from noise to picture (default: plms)")
     g.add_argument("--rng", default="torch", choices=RNGS,
@@ -1477,6 +1496,7 @@ def main(argv=None):
     try:
         sd = StableDiffusion(flat_file(args.model), args.dtype)
         args.dtype = str(sd.dtype).removeprefix("mlx.core.")
+        args.cfg = sd.config["cfg"] if args.cfg is None else args.cfg
         if args.show_tokens:
             return show_tokens(sd.tokenizer, args.prompt)
         for option, text in (("prompt", args.prompt), ("negative prompt", args.negative_prompt)):

@@ -89,6 +89,7 @@ CONFIGS = {
     "sd1": {  # the miniature's relatives of Stable Diffusion 1.x and 2.x
         "name": "like Stable Diffusion 1.x",
         "size": 64,
+        "cfg": 7.5,
         "prediction": "eps",
         "text": {"width": 64, "layers": 3, "heads": 4, "activation": "quick_gelu", "pad": 49407},
         "unet": {
@@ -102,6 +103,7 @@ CONFIGS = {
     "sd2": {
         "name": "like Stable Diffusion 2.x",
         "size": 64,
+        "cfg": 7.5,
         "prediction": "v",
         "text": {"width": 128, "layers": 3, "heads": 2, "activation": "gelu", "pad": 0},
         "unet": {
@@ -597,7 +599,7 @@ def test_timesteps_are_those_of_diffusers(steps):
 
 def curved(x, t):
     """Stands for the UNet: depends on x and t, bends, and is the same in NumPy, MLX and PyTorch."""
-    return 0.3 * x + (0.5 + 0.5 * math.cos(t / 150)) * (x * x - 0.5) * 0.2 + 0.1 * math.sin(t / 40)
+    return (1 + 0.3 * math.cos(t / 150)) * x / (1 + 0.1 * x * x) + 0.2 * math.sin(t / 40)
 
 
 def their_run(theirs, steps, x, model=curved):
@@ -675,7 +677,7 @@ def test_the_same_seed_gives_the_picture_of_diffusers_pipeline(tiny, tiny_pipeli
         width=128, height=192, generator=torch.Generator().manual_seed(42), output_type="np",
     ).images  # fmt: skip
     *_, x = tiny.generate_latents(
-        prompt, negative_prompt=negative, steps=50, width=128, height=192, sampler=sampler
+        prompt, negative_prompt=negative, steps=50, cfg=7.5, width=128, height=192, sampler=sampler
     )
     error = np.abs(np.array(tiny.decode(x)) - truth).max()
     print(f"50 {sampler} steps against diffusers' pipeline: the worst pixel is off by {error:.1e}")
@@ -805,6 +807,30 @@ def test_a_file_that_does_not_fit_is_refused_by_name(small_flat, tmp_path, damag
     path = tmp_path / "damaged.safetensors"
     mx.save_safetensors(str(path), weights, metadata)
     with pytest.raises(ValueError, match=re.escape(name.removeprefix("unet."))):
+        sd.StableDiffusion(path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "{",
+        "{}",
+        "[]",
+        '{"text": 1}',
+        '{"unet": {}}',
+        '{"text": {"width": "wide", "pad": 0}}',
+        "merges",
+    ],
+)
+def test_a_config_that_makes_no_sense_is_refused(small_flat, tmp_path, config):
+    weights, metadata = mx.load(str(small_flat), return_metadata=True)
+    path = tmp_path / "odd.safetensors"
+    if config == "merges":
+        del weights["tokenizer.merges"]
+    else:
+        metadata["config"] = config
+    mx.save_safetensors(str(path), weights, metadata)
+    with pytest.raises(ValueError, match=r"odd\.safetensors"):
         sd.StableDiffusion(path)
 
 
@@ -1367,14 +1393,14 @@ def test_a_checkpoint_without_checksums_is_read(tmp_path, weights, flat, run):
 
 def test_the_checkpoints_own_numbers_count(tmp_path, weights, run):
     config = {
-        "name": "mine", "size": 128, "text": {"heads": 4},
+        "name": "mine", "size": 128, "cfg": 2, "text": {"heads": 4},
         "unet": {"heads": [2, 2, 4, 4], "groups": 16},
         "vae": {"groups": 8, "scale": 0.5},
     }  # fmt: skip
     torch.save({"state_dict": weights, "sd_config": config}, tmp_path / "mine.ckpt")
     run(tmp_path / "mine.ckpt")
     assert run.config == {
-        "kind": "model", "name": "mine", "size": 128, "prediction": "eps",
+        "kind": "model", "name": "mine", "size": 128, "cfg": 2, "prediction": "eps",
         "text": {
             "width": 64, "layers": 2, "heads": 4, "activation": "quick_gelu",
             "vocabulary": 49408, "pad": 49407,

@@ -72,9 +72,8 @@ def main(argv=None):
         f"{name} {importlib.metadata.version(name)}"
         for name in ("mlx", "numpy", "torch", "diffusers")
     )
-    print(
-        f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, {date.today()}; {versions}"
-    )
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, {date.today()}")
+    print(versions)
     print(f"relative error against diffusers: {error:.1e}\n")
     print("| one guided UNet call, 512 x 512 | median s | all | sd.py takes, of this |")
     print("|---|---|---|---|")

@@ -1,10 +1,10 @@
 """Train the miniature: Stable Diffusion with small numbers, on pictures this file draws itself.
 
     pip install -e '.[test]'
-    python tiny/train.py                     about two hours on two cores; stop and restart at will
+    python tiny/train.py                  some two hours on two cores; may be stopped and restarted
     python convert_weights.py tiny/run/tiny.ckpt -o tiny/tiny.safetensors
 
-Three stages, each resumed from tiny/run/ where it was left:
+Three stages, each resumed from tiny/run/ (networks at the last 500 steps):
 
     draw    12,000 pictures of a picture-book world, 128 x 128, each with what is in it
     vae     pictures <-> latents: an autoencoder, trained on 64 x 64 crops       [1]
@@ -36,6 +36,7 @@ SIZE = 128
 NUMBERS = {
     "name": "the miniature",
     "size": SIZE,
+    "cfg": 3.0,
     "text": {"heads": 4},
     "unet": {"heads": [2, 2, 2, 2], "groups": 16},
     "vae": {"groups": 8},
@@ -228,7 +229,9 @@ def draw_all(folder, count):
         with multiprocessing.Pool() as pool:
             drawn = pool.map(_drawn, range(count), chunksize=64)
         pictures, facts = np.stack([p for p, _ in drawn]), np.array([f for _, f in drawn])
-        np.savez(path, pictures=pictures, facts=facts)
+        part = path.with_suffix(".part.npz")  # renamed when complete: stopped here, it starts over
+        np.savez(part, pictures=pictures, facts=facts)
+        part.replace(path)
         print(f"drew {count} pictures in {time.time() - start:.0f} s")
     stored = np.load(path)
     return stored["pictures"], stored["facts"]
@@ -417,7 +420,9 @@ def encode_all(vae, pictures, folder):
         out = vae.decode(found[:64, 0]).sample.clamp(-1, 1) / 2 + 0.5
         truth = torch.from_numpy(pictures[:64]).permute(0, 3, 1, 2) / 255
         print(f"vae: PSNR {-10 * math.log10((out - truth).square().mean().item()):.1f} dB")
-        np.savez(path, latents=found.numpy().astype(np.float32))
+        part = path.with_suffix(".part.npz")
+        np.savez(part, latents=found.numpy())
+        part.replace(path)
     return np.load(path)["latents"]
 
 
@@ -457,13 +462,19 @@ def train_unet(unet, text, latents, ids, nothing, folder, steps, sample):
         mean, deviation = latents[i].unbind(1)
         x0 = mean + deviation * torch.randn_like(mean)
         said = ids[i, torch.randint(ids.shape[1], (32,))]
-        said = torch.where(
-            torch.rand(32, 1) < 0.1, nothing, said
-        )  # for guidance: no sentence at all
-        # One t out of each thirty-second of the range: the same average, less noise in the loss.
-        t = ((torch.arange(32) + torch.rand(32)) / 32 * 1000).long()
+        said = torch.where(torch.rand(32, 1) < 0.1, nothing, said)  # for guidance: without any
+        # Half of the timesteps from the whole range, half from the noisiest third, where the ground
+        # and the light are decided. Evenly spread: less noise in the loss.
+        even = ((torch.arange(16) + torch.rand(2, 16)) / 16).clamp(max=0.999)
+        t = torch.cat([even[0] * 1000, 667 + even[1] * 333]).long()
         a = abar[t][:, None, None, None]
+        # A network can read the ground and the light off the noisy picture's average colours, for
+        # over many places the noise averages out, and then it need not listen to the sentence. In
+        # pure noise, where painting starts, those averages are random, and it would follow them. So
+        # the noise is given random averages, too, one for each quarter ("offset noise").
         noise = torch.randn_like(x0)
+        offset = 0.3 * torch.randn(32, 4, 2, 2)
+        noise = noise + offset.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
         eps = unet(a.sqrt() * x0 + (1 - a).sqrt() * noise, t, text(said).last_hidden_state).sample
         snr = abar[t] / (1 - abar[t])
         weight = snr.clamp(max=5) / snr  # min-SNR [3]: the nearly clean ones are easy, and many
@@ -510,7 +521,9 @@ def sampler(vae, words):
             x = torch.randn(8, 4, SIZE // 8, SIZE // 8, generator=torch.Generator().manual_seed(0))
             for t in scheduler.timesteps:
                 nothing, something = unet(torch.cat([x, x]), t, context).sample.chunk(2)
-                x = scheduler.step(nothing + 4.0 * (something - nothing), t, x).prev_sample
+                x = scheduler.step(
+                    nothing + NUMBERS["cfg"] * (something - nothing), t, x
+                ).prev_sample
             out = (vae.decode(x / 0.18215).sample / 2 + 0.5).clamp(0, 1)
         out = (out.permute(0, 2, 3, 1).numpy() * 255 + 0.5).astype(np.uint8)
         Image.fromarray(
@@ -611,9 +624,9 @@ def main(argv=None):
     p.add_argument(
         "--unet-steps",
         type=int,
-        default=8000,
+        default=9000,
         metavar="N",
-        help="steps of 32 pictures (default: 8000)",
+        help="steps of 32 pictures (default: 9000)",
     )
     p.add_argument(
         "--look",
