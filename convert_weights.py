@@ -1345,8 +1345,12 @@ NOT_NEEDED = (  # what it is, how its name begins
 )
 
 
-def convert(source, output=None, *, dtype="float16", prediction=None, vae=None, log=print):
+def convert(
+    source, output=None, *, dtype="float16", prediction=None, vae=None, log=print, made_from=""
+):  # fmt: skip
     """Write the flat file, by default beside the source, and return its path.
+
+    made_from: put into its header, for sd.py to recognise what it had converted by itself.
 
     Raises ConversionError, and then there is no output, and an older one is as it was.
     """
@@ -1361,13 +1365,14 @@ def convert(source, output=None, *, dtype="float16", prediction=None, vae=None, 
         output = (place.parent if place.is_dir() else source.parent) / f"{name}.flat.safetensors"
     output = Path(output)
     try:
-        return convert_to(output, source, dtype, prediction, vae and Path(vae), log)
+        vae = vae and Path(vae)
+        return convert_to(output, source, dtype, prediction, vae, log, made_from)
     except OSError as error:
         where = error.filename or output
         raise ConversionError(f"{where}: {error.strerror or error}. Nothing was written.") from None
 
 
-def convert_to(output, path, dtype, prediction, vae_path, log):
+def convert_to(output, path, dtype, prediction, vae_path, log, made_from):
     if output.is_dir() or not output.parent.is_dir():
         what = "is a folder" if output.is_dir() else "is in a folder that does not exist"
         raise ConversionError(f"{output} {what}. Give -o the name of a file to write.")
@@ -1400,6 +1405,8 @@ def convert_to(output, path, dtype, prediction, vae_path, log):
         "source": path.name.encode("utf-8", "replace").decode(),
         "notes": f"{config['name']}: {why}. {config['prediction']}: {why_prediction}.",
     }
+    if made_from:
+        metadata["made_from"] = made_from
     with about(path):
         write(output, found, dtype, read_merges(source.merges), metadata)
     log(f"{output}: {len(found) + 1} tensors, {dtype}, {output.stat().st_size / 1e6:.0f} MB")

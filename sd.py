@@ -65,7 +65,9 @@ import itertools
 import json
 import math
 import os
+import shlex
 import sys
+import tempfile
 import threading
 import time
 import unicodedata
@@ -788,7 +790,11 @@ SAMPLERS = {"plms": sample_plms, "ddim": sample_ddim}
 # %% 7. Text to image ------------------------------------------------------------------------------
 # The parts put together as in the diagram at the top; below that, how they get their weights.
 
-TINY = Path(__file__).resolve().parent / "tiny" / "tiny.safetensors"
+HERE = Path(globals().get("__file__", "sd.py")).resolve().parent  # notebooks have none
+TINY = HERE / "tiny" / "tiny.safetensors"
+
+
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 class StableDiffusion:
@@ -805,7 +811,10 @@ class StableDiffusion:
     def __init__(self, path=TINY, dtype=None):
         self.config, weights = read_flat(path)
         on_cpu = mx.default_device() == mx.Device(mx.cpu)
-        self.dtype = getattr(mx, dtype or ("float32" if on_cpu else "float16"))
+        dtype = dtype or ("float32" if on_cpu else "float16")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype {dtype!r} can't be. There are: {', '.join(DTYPES)}.")
+        self.dtype = getattr(mx, dtype)
         self.text_encoder, self.unet, self.vae = networks(self.config, path)
         self.scale = self.config["vae"]["scale"]
         merges = bytes(np.array(weights["tokenizer.merges"])).decode()
@@ -845,9 +854,9 @@ class StableDiffusion:
     ):  # fmt: skip
         """Yield the latents x (n_images, h, w, 4) after every step; the last ones are the picture.
 
-                Picture i starts from the noise of seed + i, so each can be made again alone. width, height:
-        #   {"kind": "model", "name": "Stable Diffusion 1.x", "size": 512, "prediction": "eps", "cfg": 7.5,
-                own, 7.5 for Stable Diffusion. Raises ValueError.
+        Picture i starts from the noise of seed + i, so each can be made again alone. width, height:
+        in pixels, multiples of 64 (default: what the model was trained on). cfg: default the
+        model's own, 7.5 for Stable Diffusion. Raises ValueError.
         """
         cfg = self.config["cfg"] if cfg is None else cfg
         width = self.config["size"] if width is None else width
@@ -867,7 +876,7 @@ class StableDiffusion:
 
     def encode(self, pictures):
         """Pictures (b, 8h, 8w, 3) in [0, 1] -> latents (b, h, w, 4): the means, without noise."""
-        return self.vae.encode(mx.array(pictures) * 2 - 1)[0] * self.scale
+        return self.vae.encode(mx.array(pictures).astype(mx.float32) * 2 - 1)[0] * self.scale
 
     def txt2img(self, prompt, **options):
         """A sentence -> list of PIL pictures. Options: those of generate_latents."""
@@ -880,20 +889,26 @@ class StableDiffusion:
 
         To 8 bits by rounding, as diffusers does; the original cuts off, half a level darker.
         """
-        pictures = [self.decode(x[i : i + 1])[0] for i in range(len(x))]
-        return [Image.fromarray((np.array(p) * 255 + 0.5).astype(np.uint8)) for p in pictures]
+        pictures = [np.array(self.decode(x[i : i + 1])[0]) for i in range(len(x))]
+        if not all(np.isfinite(p).all() for p in pictures):
+            raise ValueError("the picture is not a number everywhere. Try dtype float32.")
+        return [Image.fromarray((p * 255 + 0.5).astype(np.uint8)) for p in pictures]
 
 
 # A flat file is one safetensors file: every network's weights under the attribute paths of the
 # classes above (unet.down.1.0.conv1.weight), the tokenizer's merges as bytes, and in the header a
 # "config" with the numbers. That of Stable Diffusion 1.5:
 #
-#   {"kind": "model", "name": "Stable Diffusion 1.x", "size": 512, "cfg": 7.5, "prediction": "eps",
+#   {"kind": "model", "name": "Stable Diffusion 1.x", "size": 512, "prediction": "eps",
+#    "cfg": 7.5,
 #    "text": {"width": 768, "layers": 12, "heads": 12, "activation": "quick_gelu",
 #             "vocabulary": 49408, "pad": 49407},
 #    "unet": {"widths": [320, 640, 1280, 1280], "heads": [8, 8, 8, 8], "groups": 32,
 #             "context_width": 768},
 #    "vae": {"widths": [128, 256, 512, 512], "groups": 32, "scale": 0.18215}}
+
+
+FORMAT = "sd.py 1"
 
 
 def read_flat(path):
@@ -910,31 +925,42 @@ def read_flat(path):
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is no safetensors file ({error}). {convert_it(path)}") from None
-    if metadata.get("format") != "sd.py 1":
-        raise ValueError(f"{path} was not made by this convert_weights.py. {convert_it(path)}")
-    weights = mx.load(str(path), format="safetensors")
-    if "tokenizer.merges" not in weights:
-        raise ValueError(f"{path} has no tokenizer.merges. {convert_it('the checkpoint')}")
+    if metadata.get("format", "").startswith("sd.py") and metadata["format"] != FORMAT:
+        raise ValueError(f"{path} is of another version, {metadata['format']!r}. {AGAIN}")
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} was not made by convert_weights.py. {convert_it(path)}")
+    try:
+        weights = mx.load(str(path), format="safetensors")
+    except RuntimeError as error:
+        raise ValueError(f"{path} can't be read: {error}.") from None
+    parts = {name.split(".")[0] for name in weights}
+    if parts != {"tokenizer", "text_encoder", "unet", "vae"} or "tokenizer.merges" not in weights:
+        raise ValueError(f"{path} has the parts {', '.join(sorted(parts))}. {AGAIN}")
     try:
         return json.loads(metadata.get("config", "")), weights
-    except ValueError as error:
-        raise ValueError(f"{path} has a damaged config ({error}). Convert it again.") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} has a damaged config ({error}). {AGAIN}") from None
 
 
 def networks(config, path):
     """-> the TextEncoder, UNet and VAE that a config describes, still without weights."""
     try:
+        check_config(config)
         numbers = {part: dict(config[part]) for part in ("text", "unet", "vae")}
         numbers["text"].pop("pad")
         numbers["vae"].pop("scale")
         return TextEncoder(**numbers["text"]), UNet(**numbers["unet"]), VAE(**numbers["vae"])
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        message = f"{path} has a config that is none of this program's ({error!r})."
-        raise ValueError(f"{message} {convert_it('the checkpoint')}") from None
+    except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
+        raise ValueError(f"{path} has a config that can't be ({error!r}). {AGAIN}") from None
+
+
+AGAIN = "Make it again from the checkpoint, with convert_weights.py."
 
 
 def convert_it(path):
-    return f"Make a flat file of the checkpoint once:\n       python convert_weights.py {path}"
+    return (
+        f"Make a flat file of it once:\n       python convert_weights.py {shlex.quote(str(path))}"
+    )
 
 
 def fill(network, weights, prefix, dtype):
@@ -949,7 +975,7 @@ def fill(network, weights, prefix, dtype):
         raise ValueError(
             f"the model file does not fit: {prefix} has {len(missing)} tensors missing, "
             f"{len(unknown)} unknown, {len(misfits)} of the wrong shape; the first: "
-            f"{(missing + unknown + misfits)[0]}. Convert it again with convert_weights.py."
+            f"{(missing + unknown + misfits)[0]}. {AGAIN}"
         )
     network.load_weights([(name, w.astype(dtype)) for name, w in given.items()])
     mx.eval(network.parameters())
@@ -1008,8 +1034,8 @@ RNGS = {"torch": torch_randn}
 # %% 9. The same, faster ---------------------------------------------------------------------------
 # Functions that take the place of section 2's, with the same names, arguments and results up to
 # rounding (test_fast_functions_equal_the_plain_ones). On a GPU, MLX's fused attention and norm. On
-# a CPU, NumPy: MLX's Linux wheel multiplies matrices there some 25 times slower than the OpenBLAS
-# that comes with NumPy, and computes exp, tanh and erf one number at a time.
+# a CPU, NumPy: MLX's Linux wheel (0.32.4) multiplies matrices there with plain loops, some 25 times
+# slower than the OpenBLAS that comes with NumPy, and computes exp and erf one number at a time.
 # An evaluated MLX array can be read by NumPy without a copy; going back is one copy.
 
 
@@ -1101,7 +1127,7 @@ def cpu_conv2d(x, weight, bias, stride=1, padding=1):
         padded[:, [0, -1]] = padded[:, :, [0, -1]] = 0
         padded[:, 1:-1, 1:-1] = view(x)
     else:
-        padded = view(x)
+        padded = np.ascontiguousarray(view(x))
     bias = view(bias)
     if stride == 1 and padding == 1 and h % 4 == 0 and w % 4 == 0 and h * w >= 256 and c >= 16:
         y = conv_winograd(padded, winograd_weights(weight), bias)
@@ -1140,18 +1166,21 @@ G = np.array([[1/4, 0, 0], [-1/6, -1/6, -1/6], [-1/6, 1/6, -1/6],
 AT = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0],
                [0, 1, -1, 8, -8, 1]], np.float32)
 # fmt: on
-WINOGRAD = {}  # id of a convolution's weights -> their transform, as long as the weights live
+WINOGRAD = {}  # id of a convolution's weights -> (a sample of them, their transform)
 
 
 def winograd_weights(weight):  # (o, 3, 3, c) -> (36, c, o)
-    if id(weight) not in WINOGRAD:
-        w = view(weight)
+    """Computed once, and again when a sample shows that the weights changed; gone with them."""
+    w = view(weight)
+    sample = w.reshape(-1)[:: max(1, w.size // 64)]
+    if id(weight) not in WINOGRAD or not np.array_equal(sample, WINOGRAD[id(weight)][0]):
         o, _, _, c = w.shape
         both = np.einsum("ai,bj->abij", G, G).reshape(36, 9)
         u = both @ w.transpose(1, 2, 3, 0).reshape(9, c * o)
-        WINOGRAD[id(weight)] = u.reshape(36, c, o)
-        weakref.finalize(weight, WINOGRAD.pop, id(weight), None)
-    return WINOGRAD[id(weight)]
+        if id(weight) not in WINOGRAD:
+            weakref.finalize(weight, WINOGRAD.pop, id(weight), None)
+        WINOGRAD[id(weight)] = sample.copy(), u.reshape(36, c, o)
+    return WINOGRAD[id(weight)][1]
 
 
 def conv_winograd(padded, u, bias):  # (b, h + 2, w + 2, c), (36, c, o) -> (b, h, w, o)
@@ -1194,19 +1223,20 @@ def cpu_group_norm(x, weight, bias, groups, epsilon):
 
         parts = list(threads().map(sums, range(0, h * w, rows)))
         first, second = (np.sum([p[k] for p in parts], axis=0, dtype=np.float64) for k in (0, 1))
-        mean = first / (h * w)  # of each channel, from its pivot
-        square = (second + 2 * first * pivot) / (h * w) + pivot.astype(np.float64) ** 2
-        mean = mean + pivot
-        group_mean = mean.reshape(groups, -1).mean(1)
+        mean = first / (h * w)  # of each channel, as seen from its pivot
+        inside = second / (h * w) - mean**2
+        mean = (mean + pivot).reshape(groups, -1)
+        group_mean = mean.mean(1, keepdims=True)
         # Variance of a group: that inside its channels, and that of their means.
-        inside = (square - mean**2).reshape(groups, -1).mean(1)
-        between = ((mean.reshape(groups, -1) - group_mean[:, None]) ** 2).mean(1)
-        scale = np.repeat(1 / np.sqrt(inside + between + epsilon), c // groups) * view(weight)
-        shift = view(bias) - np.repeat(group_mean, c // groups) * scale
-        scale, shift = scale.astype(np.float32), shift.astype(np.float32)
+        variance = inside.reshape(groups, -1).mean(1) + ((mean - group_mean) ** 2).mean(1)
+        scale = np.repeat(1 / np.sqrt(variance + epsilon), c // groups) * view(weight)
+        middle = np.repeat(group_mean, c // groups).astype(np.float32)
+        scale, shift = scale.astype(np.float32), view(bias)
 
-        def apply(piece, y, scale=scale, shift=shift):
-            np.add(np.multiply(piece, scale, out=y), shift, out=y)
+        def apply(piece, y, middle=middle, scale=scale, shift=shift):
+            np.subtract(piece, middle, out=y)
+            y *= scale
+            y += shift
 
         out[i] = in_pieces(apply, picture, rows)
     return mx.array(out.reshape(b, h, w, c)).astype(x.dtype)
@@ -1232,6 +1262,8 @@ def cpu_attention(q, k, v, heads, causal=False):
     A column of ones beside v makes the product that mixes v also sum each row of weights.
     """
     dtype, (b, n, c) = q.dtype, q.shape
+    if c % heads:
+        raise ValueError(f"{c} channels can't be shared by {heads} heads.")
     q, k, v = view(q), view(k), view(v)
     m, d, rows = k.shape[1], c // heads, 512
     out, scores = scratch("out", b, n, c), scratch("scores", min(rows, n), m)
@@ -1315,50 +1347,88 @@ def check_options(steps, cfg, sampler, width, height, n_images, rng):
             raise ValueError(f"{name} {value!r} is not known. There are: {', '.join(known)}.")
 
 
+def check_config(config):
+    """ValueError or TypeError for numbers that would fail later, or paint something wrong."""
+    text, unet, vae = config["text"], config["unet"], config["vae"]
+    right = {
+        "size": config["size"] % 64 == 0 < config["size"],
+        "cfg": math.isfinite(config["cfg"]),
+        "prediction": config["prediction"] in ("eps", "v"),
+        "activation": text["activation"] in ("quick_gelu", "gelu"),
+        # MLX does not check the rows it takes from a table: beyond its end is beyond its memory.
+        "vocabulary": text["vocabulary"] > END,
+        "pad": 0 <= text["pad"] < text["vocabulary"],
+        "text heads": text["width"] % text["heads"] == 0,
+        "unet heads": all(c % heads == 0 for c, heads in zip(unet["widths"], unet["heads"])),
+        "groups": all(c % part["groups"] == 0 for part in (unet, vae) for c in part["widths"]),
+        "scale": 0 < vae["scale"] < math.inf,
+    }
+    if wrong := [name for name, good in right.items() if not good]:
+        raise ValueError(", ".join(wrong))
+
+
 def stop(message):
     """End with exit status 2 and no traceback."""
     print(f"sd.py: {message}", file=sys.stderr)
     sys.exit(2)
 
 
-def is_flat(path):
+def header_of(path):
+    """A flat file's metadata; {} for whatever is no safetensors file."""
     try:
         with safe_open(path, framework="numpy") as file:
-            return (file.metadata() or {}).get("format", "").startswith("sd.py")
+            return file.metadata() or {}
     except (SafetensorError, OSError):
-        return False
+        return {}
 
 
 def flat_file(path):
     """The flat file for --model: path itself or what convert_weights.py makes of a checkpoint.
 
-    That is kept beside the checkpoint, or in the cache folder where that can't be written, and used
-    again as long as it is newer than the checkpoint.
+    That is kept beside the checkpoint, or in the cache folder where that can't be written or the
+    name is taken. It says in its header from which files it was made, with their sizes and times,
+    and is used again only for these.
     """
-    if not path.exists() or is_flat(path):
+    if not path.exists() or header_of(path).get("format", "").startswith("sd.py"):
         return path  # a path that is not there gets its message from read_flat
+    path = path.resolve()
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+    facts = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    made_from = hashlib.sha256(repr(facts).encode(errors="surrogateescape")).hexdigest()
     name = (path.name if path.is_dir() else path.stem) + ".flat.safetensors"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sd.py"
-    beside = path.resolve().parent / name
-    places = [beside, cache / f"{hashlib.sha256(bytes(path.resolve())).hexdigest()[:12]}-{name}"]
-    for place in places:
-        if is_flat(place) and place.stat().st_mtime >= path.stat().st_mtime:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "sd.py"
+    beside, cached = path.parent / name, cache / f"{made_from[:12]}-{name}"
+    for place in (beside, cached):
+        if header_of(place).get("made_from") == made_from:
             print(f"using {place}, made from {path.name} before", file=sys.stderr)
             return place
-    if not (Path(__file__).resolve().parent / "convert_weights.py").is_file():
-        stop(f"{path} was not made by convert_weights.py. {convert_it(path)}")
+    if not (HERE / "convert_weights.py").is_file():
+        raise ValueError(f"{path} was not made by convert_weights.py. {convert_it(path)}")
     import convert_weights
 
-    place = places[0] if os.access(beside.parent, os.W_OK) else places[1]
+    # Only what was made in this way before may be replaced.
+    free = not os.path.lexists(beside) or "made_from" in header_of(beside)
+    place = beside if free and os.access(path.parent, os.W_OK) else cached
     place.parent.mkdir(parents=True, exist_ok=True)
     print(f"{path.name} is not a flat file. Converting it once, to {place}", file=sys.stderr)
-    return convert_weights.convert(path, place, log=lambda line: print(line, file=sys.stderr))
+    log = functools.partial(print, file=sys.stderr)
+    return convert_weights.convert(path, place, log=log, made_from=made_from)
 
 
 def free_name(path):
     """path, or the first of path-2, path-3 ... that is not taken: no picture is overwritten."""
     names = (path.with_stem(f"{path.stem}-{i}") if i > 1 else path for i in range(1, 10**9))
-    return next(name for name in names if not name.exists())
+    return next(name for name in names if not os.path.lexists(name))
+
+
+def check_output(path):
+    if not path.name.lower().endswith(".png") or path.suffix == "":
+        raise ValueError(f"--output {path}: the one kind of file that is written is NAME.png.")
+    if not path.parent.is_dir():
+        raise ValueError(f"--output {path}: there is no folder {path.parent}. Make it first.")
+    tempfile.TemporaryFile(dir=path.parent).close()  # OSError if the folder can't be written
+    if len(os.fsencode(path.name)) > 240:  # systems allow 255, and a number may have to go in
+        raise ValueError(f"--output {path}: the name is too long.")
 
 
 def parameters(args, seed, width, height, images=1):
@@ -1376,12 +1446,15 @@ def save(picture, path, text):
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", text.encode(errors="replace").decode())
     path = free_name(path)
-    part = path.with_name(path.name + ".part")
+    number, part = tempfile.mkstemp(suffix=".part", dir=path.parent)
     try:
-        picture.save(part, format="PNG", pnginfo=info)
+        with open(number, "wb") as file:
+            picture.save(file, format="PNG", pnginfo=info)
+        os.chmod(part, 0o644)  # mkstemp's files are for their owner only
         os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    except BaseException:
+        os.unlink(part)
+        raise
     print(f"saved {path}")
 
 
@@ -1473,7 +1546,7 @@ def make_parser():
     g.add_argument("--model", type=Path, default=TINY, metavar="FILE",
                    help="a flat file; or a checkpoint or diffusers folder, which is converted once "
                         "(default: the miniature that comes with this program)")
-    g.add_argument("--dtype", choices=("float32", "float16", "bfloat16"),
+    g.add_argument("--dtype", choices=DTYPES,
                    help="to compute in (default: float32 on a CPU, float16 on a GPU)")
     g.add_argument("--output", type=Path, default=Path("out.png"), metavar="FILE",
                    help="a .png; if it exists, -2, -3 ... is added to the name (default: out.png)")
@@ -1485,15 +1558,15 @@ def make_parser():
 
 def main(argv=None):
     args = make_parser().parse_args(argv)
-    if args.n_rows is not None and not 1 <= args.n_rows <= args.n_images:
-        stop(f"--n-rows {args.n_rows} can't be with {args.n_images} pictures. See --n-images.")
-    if args.output.suffix.lower() != ".png":
-        stop(f"--output {args.output} does not end in .png, the one kind of file that is written.")
-    if not args.output.parent.is_dir():
-        stop(f"--output {args.output}: there is no folder {args.output.parent}. Make it first.")
-    if not os.access(args.output.parent, os.W_OK):
-        stop(f"--output {args.output}: the folder {args.output.parent} can't be written.")
+    for stream in (sys.stdout, sys.stderr):  # a name or a prompt may hold what it can't show
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
+        if args.n_rows is not None and not 1 <= args.n_rows <= args.n_images:
+            message = f"--n-rows {args.n_rows} can't be with {args.n_images} pictures."
+            raise ValueError(f"{message} See --n-images.")
+        if not args.show_tokens:
+            check_output(args.output)
         sd = StableDiffusion(flat_file(args.model), args.dtype)
         args.dtype = str(sd.dtype).removeprefix("mlx.core.")
         args.cfg = sd.config["cfg"] if args.cfg is None else args.cfg
@@ -1505,10 +1578,12 @@ def main(argv=None):
         paint(sd, args)
     except (ValueError, OSError) as error:
         stop(error)
+    except MemoryError:
+        stop("there is not enough memory for this. Try a smaller --width, --height or --n-images.")
     except KeyboardInterrupt:
         print("\nsd.py: stopped", file=sys.stderr)
         sys.exit(130)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and "ipykernel" not in sys.modules:
     main()
