@@ -2295,7 +2295,9 @@ def test_nothing_else_is_imported():
     for name in ("sd", "convert_weights"):
         text = (HERE / f"{name}.py").read_text("utf-8")
         tops = re.findall(
-            r"^ *(?:from|import) (\w+)(?:\.\w+)*(?: import .*| as .*)?(?:  #.*)?$", text, re.M
+            r"^ *(?:from|import) (\w+)(?:\.\w+)*(?: import .*| as .*)?(?:  #.*)?$",
+            text,
+            re.MULTILINE,
         )
         assert len(tops) > 8
         allowed = {"mlx", "numpy", "safetensors", "regex", "PIL", "convert_weights"}
