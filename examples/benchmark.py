@@ -117,6 +117,9 @@ def main(argv=None):
                 pipe.send(True)
                 seconds, results[name] = pipe.recv()
                 times[name].append(seconds)
+        for pipe, process in zip(pipes.values(), processes):
+            pipe.send(False)
+            process.join()
 
     ours, truth, _ = results.values()
     print(f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, {date.today()}")
