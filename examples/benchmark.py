@@ -4,8 +4,8 @@
     python examples/benchmark.py      some four minutes, 16 GB of memory, 7 GB of disk for a while
 
 Random weights, 64 x 64 latents, batch 2 (without and with the prompt), float32. Each program has a
-process of its own, as in use; all in one process, sd.py was measured to be a tenth slower. They take
-turns, so that a noisy machine is noisy for all. Prints medians and ratios.
+process of its own, as in use; all in one process, sd.py was measured to be a tenth slower. They
+take turns, so that a noisy machine is noisy for all. Prints medians and ratios.
 """
 
 import argparse
