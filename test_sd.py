@@ -25,6 +25,7 @@ import sys
 import tarfile
 import tomllib
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlx.core as mx
@@ -916,6 +917,9 @@ def kernel_cases():
         yield "group_norm", (x, normal(64), normal(64), 32, 1e-5)
         yield "group_norm", (x, normal(64), normal(64), 8, 1e-6)
         yield "layer_norm", (x.reshape(2, -1, 64), normal(64), normal(64))
+        yield "norm_silu", (x, normal(64), normal(64), 32, 1e-5)
+    yield "geglu", (normal(2, 77, 48), normal(192, 48) / 7, normal(192))
+    yield "geglu", (normal(2, 700, 24), normal(1400, 24) / 5, normal(1400))
     for n, m, c, heads in ((77, 77, 64, 4), (600, 600, 32, 2), (1100, 77, 40, 8), (1, 1, 8, 1)):
         yield "attention", (normal(2, n, c) * 3, normal(2, m, c) * 3, normal(2, m, c), heads)
     yield "attention", (normal(2, 77, 64), normal(2, 77, 64), normal(2, 77, 64), 4, True)
@@ -937,7 +941,7 @@ def test_fast_functions_equal_the_plain_ones(kind):
         fast, plain = (np.array(sd.KERNELS[k][name](*arguments)) for k in (kind, "plain"))
         assert np.array_equal(np.isnan(fast), np.isnan(plain)), name  # 0 * -inf
         fast, plain = np.nan_to_num(fast), np.nan_to_num(plain)
-        most = {"conv2d": 2e-5, "group_norm": 1e-5}.get(name, 3e-6)
+        most = {"conv2d": 2e-5, "group_norm": 1e-5, "norm_silu": 1e-5}.get(name, 3e-6)
         assert_close(fast, plain, most, f"{name} {[getattr(a, 'shape', a) for a in arguments]}")
     assert seen == set(sd.KERNELS[kind])
 
@@ -960,17 +964,79 @@ def test_half_precisions_paint_the_same_picture(tiny):
         assert np.abs(picture - truth).mean() < most, dtype
 
 
-def test_winograd_transforms_go_when_their_weights_go():
-    w = mx.random.normal((16, 3, 3, 16))
-    sd.KERNELS["cpu"]["conv2d"](mx.zeros((1, 16, 16, 16)), w, mx.zeros((16,)))
-    key = id(w)
-    assert key in sd.WINOGRAD
-    w += 1  # the same Python object, other numbers
-    x = mx.random.normal((1, 16, 16, 16))
-    fast, plain = (sd.KERNELS[k]["conv2d"](x, w, mx.zeros((16,))) for k in ("cpu", "plain"))
-    assert_close(fast, plain, 1e-5)
-    del w
-    assert key not in sd.WINOGRAD
+@pytest.mark.parametrize("size", [-60, 60])
+def test_scores_beyond_what_exp_can_take(size):
+    """All scores near -170 or 170, where float32 has steps of 1.5e-5; so a share is off by that."""
+    rng = np.random.default_rng(0)
+    noise = [mx.array(rng.standard_normal((2, 300, 8), np.float32)) for _ in range(3)]
+    arguments = size + noise[0] / 100, 1 + noise[1] / 100, noise[2], 1
+    fast, plain = (sd.KERNELS[kind]["attention"](*arguments) for kind in ("cpu", "plain"))
+    assert_close(fast, plain, 3e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weights_in_16_bits_are_widened_exactly(dtype):
+    """All 65,536 of them, but for infinities and what is not a number."""
+    bits = np.arange(2**16, dtype=np.uint16)
+    weights = mx.array(bits).view(getattr(mx, dtype))
+    truth = np.array(weights.astype(mx.float32))
+    finite = np.isfinite(truth)
+    assert finite.sum() > 60_000
+    assert np.array_equal(sd.widen(sd.raw(weights))[finite], truth[finite])
+    for name, arguments in kernel_cases():
+        if name in ("linear", "geglu", "conv2d"):
+            x, weight, *rest = arguments
+            weight = weight.astype(getattr(mx, dtype))
+            fast = sd.KERNELS["cpu"][name](x, weight, *rest)
+            wide = sd.KERNELS["cpu"][name](x, weight.astype(mx.float32), *rest)
+            assert fast.dtype == mx.float32 and mx.array_equal(fast, wide)
+
+
+def test_equal_halves_of_a_batch_are_computed_once():
+    x = mx.random.normal((2, 50, 16))
+    w = mx.random.normal((8, 16))
+    seen = []
+    once = sd.twins(lambda x, w: (seen.append(len(x)), x @ w.T)[1])
+    for batch, expected in (
+        (mx.concatenate([x, x]), 2),
+        (x, 2),
+        (x[:1], 1),
+        (mx.concatenate([x, x[:1], x[1:] + 1e-6]), 4),
+    ):
+        assert mx.array_equal(once(batch, w), batch @ w.T) and seen.pop() == expected
+
+
+def test_matrix_products_keep_their_threads_outside():
+    """During a block OpenBLAS has one thread; after it as many as before, also after an error."""
+    get = sd.openblas("get")
+    before, inside = get(), []
+    sd.share(lambda i, j: inside.append((get(), i, j)), range(3), "ab")
+    assert sorted(inside) == [(1, i, j) for i in range(3) for j in "ab"]
+    with pytest.raises(ZeroDivisionError):
+        sd.share(lambda i: 1 / i, range(50))
+    with sd.ONE_THREAD_EACH, sd.ONE_THREAD_EACH:
+        assert get() == 1
+    assert get() == before == sd.cores()
+
+
+def test_the_fast_functions_do_without_openblas_and_with_many_cores(monkeypatch):
+    cases = [case for case in kernel_cases() if case[0] in ("linear", "geglu", "conv2d")]
+    truth = [sd.KERNELS["plain"][name](*arguments) for name, arguments in cases]
+    for cores in (1, 3, 64):
+        monkeypatch.setattr(sd, "cores", lambda cores=cores: cores)
+        sd.pool.cache_clear()
+        for (name, arguments), expected in zip(cases, truth):
+            assert_close(sd.KERNELS["cpu"][name](*arguments), expected, 2e-5)
+    sd.pool.cache_clear()
+
+
+def test_threads_of_the_caller_do_not_disturb_each_other(tiny):
+    """Two pictures painted at the same time in one process are those painted one by one."""
+    options = {"steps": 3, "width": 64, "height": 64}
+    truth = [np.asarray(tiny.txt2img("a tree", seed=seed, **options)[0]) for seed in (1, 2)]
+    with ThreadPoolExecutor(2) as pool:
+        both = pool.map(lambda seed: tiny.txt2img("a tree", seed=seed, **options)[0], (1, 2))
+        assert all(np.array_equal(a, b) for a, b in zip(both, truth))
 
 
 # %% 10. Command line ------------------------------------------------------------------------------
