@@ -66,7 +66,7 @@ train = load_script(HERE / "tiny" / "train.py")
 
 def assert_close(ours, truth, most, what=""):
     """The largest difference, relative to the largest number, is at most `most`."""
-    ours, truth = np.array(ours, np.float64), np.array(truth, np.float64)
+    ours, truth = np.array(ours).astype(np.float64), np.array(truth).astype(np.float64)
     assert ours.shape == truth.shape, f"{what}: {ours.shape} for {truth.shape}"
     error = np.abs(ours - truth).max() / np.abs(truth).max()
     worst = np.argsort(-np.abs(ours - truth).ravel())[:5]
@@ -931,6 +931,7 @@ def kernel_cases():
         yield name, (mx.array([-np.inf, -200, -88.8, -15, -1e-8, 0, 1e-8, 15, 200]),)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # 0 * -inf, in the plain ones too
 @pytest.mark.parametrize("kind", ["cpu", "gpu"])
 def test_fast_functions_equal_the_plain_ones(kind):
     seen = set()
@@ -1039,7 +1040,95 @@ def test_threads_of_the_caller_do_not_disturb_each_other(tiny):
         assert all(np.array_equal(a, b) for a, b in zip(both, truth))
 
 
-# %% 10. Command line ------------------------------------------------------------------------------
+@pytest.mark.full
+def test_the_unet_as_one_graph_is_the_unet(tiny, kernels, monkeypatch):
+    """What runs on a GPU, here on MLX's CPU device, for which it needs a C++ compiler."""
+    kernels("gpu")
+    monkeypatch.setattr(sd, "on_cpu", lambda: False)
+    rng = np.random.default_rng(0)
+    x = mx.array(rng.standard_normal((2, 16, 16, 4), np.float32))
+    context = tiny.text_encoder(mx.array([tiny.tokenizer.encode(p) for p in ("", "a red house")]))
+    graph = sd.compiled(tiny.unet)
+    assert graph is not tiny.unet
+    for t in (981, 1):
+        assert_close(graph(x, t, context), tiny.unet(x, t, context), 1e-5)
+
+
+# %% 10. Files, and less memory --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def frugal():
+    return sd.LowMemory()
+
+
+@pytest.mark.parametrize("cfg", [1, 3])
+def test_low_memory_paints_the_same_pictures(tiny, frugal, cfg):
+    options = {"seed": 7, "steps": 4, "cfg": cfg, "n_images": 2, "negative_prompt": "a tree"}
+    for _ in range(2):  # the second time with weights that were let go and read again
+        *_, x = tiny.generate_latents("a red house", **options)
+        *_, ours = frugal.generate_latents("a red house", **options)
+        assert_close(ours, x, 1e-4)  # matrix products of another size round otherwise
+        assert_close(frugal.decode(x), tiny.decode(x), 1e-4)
+        pictures = tiny.decode(x)
+        assert_close(frugal.encode(pictures), tiny.encode(pictures), 1e-4)
+
+
+def test_low_memory_keeps_one_network_in_memory():
+    """What MLX holds: first nothing, then the UNet, then the half of the VAE that decodes."""
+
+    def size(network, *parts):
+        named = tree_flatten(network.parameters())
+        return sum(p.nbytes for name, p in named if name.startswith(parts or ""))
+
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    model = sd.LowMemory()
+    text, unet = size(model.text_encoder.network), size(model.unet.network)
+    decoder = size(model.vae, "decoder", "post_quant")
+    little = 2**20  # latents, the context
+    assert min(text, unet, decoder) > little
+    assert mx.get_active_memory() - before < little
+    for x in model.generate_latents("a red house", steps=2):
+        assert unet <= mx.get_active_memory() - before < unet + little
+    mx.eval(model.decode(x))
+    assert decoder <= mx.get_active_memory() - before < decoder + little
+
+
+def test_a_function_of_single_places_is_the_same_in_tiles():
+    """So the ramps' weights sum to one at each place, whatever the sizes."""
+    rng = np.random.default_rng(0)
+    for h, w in ((8, 8), (9, 8), (16, 31), (8, 40), (50, 17)):
+        x = mx.array(rng.standard_normal((2, h, w, 3), np.float32))
+        double = lambda x: mx.repeat(mx.repeat(x, 2, axis=1), 2, axis=2)
+        assert_close(sd.in_tiles(double, x, 8, 1, 2), double(x), 1e-6)
+        halve = lambda x: x[:, ::2, ::2]
+        assert_close(sd.in_tiles(halve, double(x), 8, 2, 1), x, 1e-6)
+
+
+def test_no_tile_is_larger_than_asked():
+    seen = set()
+    sd.in_tiles(lambda x: (seen.add(x.shape[1:3]), x)[1], mx.zeros((1, 20, 12, 1)), 8, 1, 1)
+    assert seen == {(8, 8)}
+
+
+def test_tiles_of_the_vae_leave_no_seam(tiny, frugal):
+    """What tiles change is small, and steps no more where a tile begins or ends than nearby."""
+    *_, x = tiny.generate_latents("a red house", steps=10, width=256, height=256)
+    whole, tiles = np.array(tiny.decode(x)), np.array(frugal.decode(x))
+    error = tiles - whole
+    print(f"decoded in tiles: off by {np.abs(error).mean() * 255:.1f} levels of 255 on average")
+    assert 0 < np.abs(error).mean() < 4 / 255
+    for axis in (1, 2):
+        steps = np.abs(np.diff(error, axis=axis)).mean((0, 3 - axis, 3))
+        for line in (63, 127, 191):  # tiles of 128 begin at 0, 64 and 128
+            around = np.delete(steps[line - 4 : line + 5], 4)
+            assert steps[line] < 1.5 * around.mean(), line
+    latents, truth = np.array(frugal.encode(whole)), np.array(tiny.encode(whole))
+    assert 0 < np.abs(latents - truth).mean() < 0.1 * np.abs(truth).mean()
+
+
+# %% 11. Command line ------------------------------------------------------------------------------
 
 
 def cli(*args, cwd=None, script="sd.py"):
@@ -1070,6 +1159,14 @@ def test_a_picture_carries_what_makes_it_again(tmp_path):
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
     assert Image.open(tmp_path / "b.png") == picture and picture.size == (192, 128)
+
+
+def test_low_memory_is_an_option(tmp_path):
+    for name, more in (("a.png", ()), ("b.png", ("--low-memory",))):
+        done = cli("--steps", 2, "--output", tmp_path / name, *more)
+        assert done.returncode == 0, done.stderr
+    a, b = (np.asarray(Image.open(tmp_path / name), int) for name in ("a.png", "b.png"))
+    assert np.abs(a - b).max() <= 1
 
 
 def test_an_existing_picture_is_never_lost(tmp_path):

@@ -1,19 +1,30 @@
-"""One guided UNet call at Stable Diffusion 1.5's size, beside diffusers with the same weights.
+"""sd.py beside what people would pick instead: speed and memory, the same weights, in one run.
 
-    pip install -e '.[test]'
-    python examples/benchmark.py      some four minutes, 16 GB of memory, 7 GB of disk for a while
+    pip install -e '.[test,benchmark]'
+    python examples/benchmark.py                            everything, in an hour on two cores
+    python examples/benchmark.py --only unet decode         some of it, see --help
+    python examples/benchmark.py --model folder             a diffusers folder's weights, not random
 
-Random weights, 64 x 64 latents, batch 2 (without and with the prompt), float32. Each program has a
-process of its own, as in use; all in one process, sd.py was measured to be a tenth slower. They
-take turns, so that a noisy machine is noisy for all. Prints medians and ratios.
+Without --model, random weights of Stable Diffusion 1.5's sizes are made on the spot, rounded to
+float16, which is what is in a file of weights today; every program gets the same. Needs 20 GB of
+memory and as much disk for a while. Prints Markdown, and writes a plot with --plot.
+
+Each program has a process of its own, as in use; all in one process, sd.py was measured to be a
+tenth slower. They take turns, so that a noisy machine is noisy for all. The first call of each is
+not counted. What they compute is compared, too: the error is the largest difference from diffusers
+in float32 over the largest number.
 """
 
 import argparse
+import ctypes
 import importlib.metadata
+import importlib.util
 import multiprocessing
 import os
 import platform
+import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,116 +35,456 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
-WIDTHS, HEADS = [320, 640, 1280, 1280], [8, 8, 8, 8]
+os.environ |= {name: "error" for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY")}
+SPAWN = multiprocessing.get_context("spawn")
+PROMPT = "a lighthouse in a storm, oil on canvas"
+
+# %% The programs ----------------------------------------------------------------------------------
+# Each opens what a task needs and gives back a function of NumPy arrays, (b, c, h, w) as PyTorch
+# has them. Tasks: text (ids), unet (x, context), decode (x), encode (picture), picture (size,
+# steps).
 
 
-def load_sd(folder, x, context):
-    """-> a function that makes one call and gives back eps as (b, c, h, w)."""
+def open_sd(folder, task, **options):
     import mlx.core as mx
 
     import sd
 
-    unet = sd.UNet(WIDTHS, HEADS, 32, 768)
-    unet.load_weights(str(folder / "ours.safetensors"))
-    mx.eval(unet.parameters())
-    x, context = mx.array(x.transpose(0, 2, 3, 1)), mx.array(context)
-    return lambda: np.array(unet(x, 500, context)).transpose(0, 3, 1, 2)
+    Model = sd.LowMemory if options.pop("low_memory", False) else sd.StableDiffusion
+    model = Model(folder / "flat.safetensors", **options)
+
+    def to_nhwc(x):
+        return mx.array(np.ascontiguousarray(x.transpose(0, 2, 3, 1)))
+
+    def to_nchw(x):
+        return np.array(x).transpose(0, 3, 1, 2)
+
+    def unet(x, context):
+        return to_nchw(model.unet(to_nhwc(x), 500, mx.array(context)))
+
+    def picture(size, steps):
+        return model.txt2img(PROMPT, cfg=7.5, steps=steps, width=size, height=size)
+
+    return {
+        "text": lambda ids: np.array(model.text_encoder(mx.array(ids))),
+        "unet": unet,
+        "decode": lambda x: to_nchw(model.vae.decode(to_nhwc(x))),
+        "encode": lambda x: to_nchw(model.vae.encode(to_nhwc(x))[0]),
+        "picture": picture,
+    }[task]
 
 
-def load_diffusers(folder, x, context, channels_last=False):
+def open_sd_low_memory(folder, task):
+    return open_sd(folder, task, low_memory=True)
+
+
+def torch_part(folder, task, dtype="float32"):
     import torch
-    from diffusers import UNet2DConditionModel
-    from safetensors.torch import load_file
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel
 
+    kind, part = {
+        "text": (CLIPTextModel, "text_encoder"),
+        "unet": (UNet2DConditionModel, "unet"),
+    }.get(task, (AutoencoderKL, "vae"))
+    model = kind.from_pretrained(
+        folder / "diffusers" / part, torch_dtype=getattr(torch, dtype)
+    ).eval()
     torch.set_grad_enabled(False)
-    unet = UNet2DConditionModel(cross_attention_dim=768).eval()
-    unet.load_state_dict(load_file(folder / "theirs.safetensors"))
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    unet = unet.to(memory_format=layout)
-    x, context = torch.from_numpy(x).contiguous(memory_format=layout), torch.from_numpy(context)
-    return lambda: unet(x, 500, context).sample.numpy()
+    return {
+        "text": lambda ids: model(ids)[0],
+        "unet": lambda x, context: model(x, 500, context, return_dict=False)[0],
+        "decode": lambda x: model.decode(x, return_dict=False)[0],
+        "encode": lambda x: model.encode(x, return_dict=False)[0].mean,
+    }[task], model
 
 
-def load_diffusers_channels_last(folder, x, context):
-    return load_diffusers(folder, x, context, channels_last=True)
+def open_diffusers(folder, task, dtype="float32", layout="contiguous_format"):
+    import torch
+
+    layout, kind = getattr(torch, layout), getattr(torch, dtype)
+    if task == "picture":
+        from diffusers import StableDiffusionPipeline
+
+        pipeline = StableDiffusionPipeline.from_pretrained(folder / "diffusers", torch_dtype=kind)
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.unet.to(memory_format=layout)
+        pipeline.vae.to(memory_format=layout)
+        return lambda size, steps: (
+            pipeline(
+                PROMPT, height=size, width=size, num_inference_steps=steps, guidance_scale=7.5
+            ).images
+        )
+    f, model = torch_part(folder, task, dtype)
+    model.to(memory_format=layout)
+
+    def tensor(x):
+        x = torch.from_numpy(x)
+        return x if x.dtype == torch.int64 else x.to(kind)
+
+    def run(x, *rest):
+        x = tensor(x)
+        x = x.contiguous(memory_format=layout) if x.ndim == 4 else x
+        return f(x, *map(tensor, rest)).float().numpy()
+
+    return run
 
 
+def open_channels_last(folder, task):
+    return open_diffusers(folder, task, layout="channels_last")
+
+
+def open_bfloat16(folder, task):
+    return open_diffusers(folder, task, "bfloat16", "channels_last")
+
+
+def write_openvino(folder, task, shapes):
+    """The network in OpenVINO's format. In a process of its own: tracing keeps several copies."""
+    import openvino
+    import torch
+
+    f, model = torch_part(folder, task)
+
+    class Traced(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, *arguments):
+            return f(*arguments)
+
+    example = tuple(
+        torch.zeros(s, dtype=torch.int64 if task == "text" else torch.float32) for s in shapes
+    )
+    traced = openvino.convert_model(Traced(), example_input=example)
+    openvino.save_model(traced, folder / f"{task}.xml", compress_to_fp16=False)
+
+
+def open_openvino(folder, task, precision="f32"):
+    """Compiled for the first call's shapes, which is faster than for any."""
+    import openvino
+
+    core, ready = openvino.Core(), {}
+
+    def run(*arguments):
+        shapes = tuple(a.shape for a in arguments)
+        if shapes not in ready:
+            ready.clear()
+            model = core.read_model(folder / f"{task}.xml")
+            model.reshape(dict(enumerate(map(list, shapes))))
+            ready[shapes] = core.compile_model(
+                model, "CPU", {"INFERENCE_PRECISION_HINT": precision}
+            )
+        return ready[shapes](list(arguments))[0]
+
+    return run
+
+
+def open_openvino_bfloat16(folder, task):
+    return open_openvino(folder, task, "bf16")
+
+
+OURS, TRUTH, LAST = "sd.py, float32", "diffusers, float32", "diffusers, float32, channels-last"
 PROGRAMS = {
-    "sd.py, float32": load_sd,
-    "diffusers, float32": load_diffusers,
-    "diffusers, float32, channels-last": load_diffusers_channels_last,
+    OURS: open_sd,
+    TRUTH: open_diffusers,
+    LAST: open_channels_last,
+    "diffusers, bfloat16, channels-last": open_bfloat16,
+    "OpenVINO, float32": open_openvino,
+    "OpenVINO, bfloat16": open_openvino_bfloat16,
+}
+if not importlib.util.find_spec("openvino"):
+    PROGRAMS = {name: program for name, program in PROGRAMS.items() if "OpenVINO" not in name}
+
+# %% Processes and turns ---------------------------------------------------------------------------
+
+
+def apart(f, *arguments):
+    """f(*arguments) in a process of its own, which must end well."""
+    process = SPAWN.Process(target=f, args=arguments)
+    process.start()
+    process.join()
+    if process.exitcode:
+        sys.exit(f"{f.__name__} ended with status {process.exitcode}")
+
+
+def write_models(folder, model):
+    """The weights as a diffusers folder, and as sd.py's flat file."""
+    import convert_weights
+
+    theirs = folder / "diffusers"
+    if model:
+        theirs.symlink_to(Path(model).resolve())
+    else:
+        import torch
+        from diffusers import PNDMScheduler, StableDiffusionPipeline
+
+        import test_sd
+
+        config = {
+            "size": 512,
+            "prediction": "eps",
+            "text": {
+                "width": 768,
+                "layers": 12,
+                "heads": 12,
+                "activation": "quick_gelu",
+                "pad": 49407,
+            },
+            "unet": {
+                "widths": [320, 640, 1280, 1280],
+                "heads": [8] * 4,
+                "groups": 32,
+                "context_width": 768,
+            },
+            "vae": {"widths": [128, 256, 512, 512], "groups": 32, "scale": 0.18215},
+        }
+        torch.set_grad_enabled(False)
+        text, unet, vae = (test_sd.shake(m).half() for m in test_sd.reference_models(config))
+        scheduler = PNDMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            skip_prk_steps=True,
+            steps_offset=1,
+        )
+        StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=text,
+            tokenizer=test_sd.train.tokenizer(folder),
+            unet=unet,
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        ).save_pretrained(theirs)
+    convert_weights.convert(theirs, folder / "flat.safetensors", log=lambda *_: None)
+
+
+def serve(program, folder, task, pipe):
+    """Make a call for each set of arguments; say how long it took and what came out."""
+    call = program(folder, task)
+    pipe.send(None)
+    prepare = getattr(call, "prepare", lambda *_: None)
+    while (arguments := pipe.recv()) is not None:
+        prepare(*arguments)
+        start = time.perf_counter()
+        out = call(*arguments)
+        pipe.send((time.perf_counter() - start, np.asarray(out)))
+
+
+def turns(folder, task, sets, runs, names=tuple(PROGRAMS), first=None):
+    """-> {program: [median seconds for each set of arguments]}, {program: what came out last}.
+
+    first: the arguments of the call that is not counted (default: those of the first set).
+    """
+    if any("OpenVINO" in name for name in names) and not (folder / f"{task}.xml").exists():
+        apart(write_openvino, folder, task, [a.shape for a in sets[0]])
+    pipes, processes = {}, []
+    for name in names:
+        pipes[name], theirs = SPAWN.Pipe()
+        job = (PROGRAMS[name], folder, task, theirs)
+        processes.append(SPAWN.Process(target=serve, args=job, daemon=True))
+        processes[-1].start()
+        pipes[name].recv()
+        pipes[name].send(first or sets[0])
+        pipes[name].recv()
+    medians, results = {name: [] for name in names}, {}
+    for arguments in sets:
+        times = {name: [] for name in names}
+        for _ in range(runs):
+            for name, pipe in pipes.items():
+                pipe.send(arguments)
+                seconds, results[name] = pipe.recv()
+                times[name].append(seconds)
+        for name in names:
+            medians[name].append(statistics.median(times[name]))
+    for pipe, process in zip(pipes.values(), processes):
+        pipe.send(None)
+        process.join()
+    return medians, results
+
+
+def peak_of_picture(program, folder, size, pipe):
+    program(folder, "picture")(size, 1)
+    unit = 1 if platform.system() == "Darwin" else 1024
+    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30)
+
+
+def from_enter(*arguments):
+    """The median seconds of five runs of a Python script, after one that is not counted."""
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+# %% What is measured ------------------------------------------------------------------------------
+
+
+def table(title, columns, rows):
+    print(f"\n| {title} | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
+    for name, cells in rows.items():
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+def compare(title, folder, task, arguments, runs, names=tuple(PROGRAMS), first=None):
+    """A row for each program: median, how much of it sd.py takes, error."""
+    medians, results = turns(folder, task, [arguments], runs, names, first)
+    rows = {}
+    for name in names:
+        error = "-"
+        if task != "picture":
+            truth = results[TRUTH]
+            error = f"{np.abs(results[name] - truth).max() / np.abs(truth).max():.0e}"
+        ratio = medians[OURS][0] / medians[name][0]
+        rows[name] = (f"{medians[name][0]:.2f}", f"{ratio:.2f}", error)
+    table(title, ("median s", "sd.py takes, of this", "error"), rows)
+
+
+def inputs(batch, size, guided=False):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((batch, 4, size // 8, size // 8), np.float32)
+    if guided:  # both halves are the same noise, as in painting
+        x = np.concatenate([x[: batch // 2]] * 2)
+    return x, rng.standard_normal((batch, 77, 768), np.float32)
+
+
+def measure_text(folder, runs):
+    ids = np.random.default_rng(0).integers(0, 49406, (2, 77))
+    ids[:, 0], ids[:, 20:] = 49406, 49407
+    compare("text encoder, two sentences", folder, "text", (ids,), runs)
+
+
+def measure_unet(folder, runs):
+    compare("one guided UNet call, 512 x 512", folder, "unet", inputs(2, 512, True), runs)
+
+
+def measure_decode(folder, runs):
+    compare("VAE decode, 512 x 512", folder, "decode", inputs(1, 512)[:1], runs)
+
+
+def measure_encode(folder, runs):
+    picture = np.random.default_rng(0).random((1, 3, 512, 512), np.float32) * 2 - 1
+    compare("VAE encode, 512 x 512", folder, "encode", (picture,), runs)
+
+
+def measure_picture(folder, runs):
+    title = "a picture, 512 x 512, 20 steps"
+    compare(title, folder, "picture", (512, 20), min(runs, 3), (OURS, LAST), first=(64, 1))
+
+
+def scaling(title, folder, sets, columns, unit):
+    names = [name for name in PROGRAMS if name != TRUTH and "OpenVINO, b" not in name]
+    medians, _ = turns(folder, "unet", list(sets.values()), 1, names)
+    rows = {name: [f"{unit(key, s):.3g}" for key, s in zip(sets, medians[name])] for name in names}
+    table(title, columns, rows)
+    return {name: [float(cell) for cell in row] for name, row in rows.items()}
+
+
+def measure_batches(folder, runs):
+    sets = {n: inputs(n, 512) for n in (1, 2, 4, 6, 8, 12, 16)}
+    title = "pictures a second through the UNet, 512 x 512, in a batch of"
+    return scaling(title, folder, sets, list(map(str, sets)), lambda n, seconds: n / seconds)
+
+
+def measure_sizes(folder, runs):
+    sets = {size: inputs(2, size, True) for size in (256, 512, 768, 1024)}
+    title = "seconds for one guided UNet call, pixels"
+    return scaling(title, folder, sets, list(map(str, sets)), lambda _, seconds: seconds)
+
+
+def measure_memory(folder, runs):
+    rows = {}
+    for name, program in {
+        OURS: open_sd,
+        "sd.py, --low-memory": open_sd_low_memory,
+        TRUTH: open_diffusers,
+        "diffusers, bfloat16, channels-last": open_bfloat16,
+    }.items():
+        rows[name] = []
+        for size in (512, 1024):
+            pipe, theirs = SPAWN.Pipe()
+            apart(peak_of_picture, program, folder, size, theirs)
+            rows[name].append(f"{pipe.recv():.2f}")
+    table("peak memory in GiB, loading and painting", ("512 x 512", "1024 x 1024"), rows)
+
+
+def measure_start(folder, runs):
+    sd, out = str(HERE / "sd.py"), str(folder / "out.png")
+    rows = {
+        "`sd.py --help`": (f"{from_enter(sd, '--help'):.2f}",),
+        "the miniature's picture, 25 steps": (
+            f"{from_enter(sd, '--steps', '25', '--output', out):.2f}",
+        ),
+    }
+    table("from Enter to the end", ("median s",), rows)
+
+
+TASKS = {
+    name.removeprefix("measure_"): f for name, f in globals().items() if name.startswith("measure_")
 }
 
 
-def write_weights(folder):
-    """The same random weights under diffusers' names and under sd.py's."""
-    import mlx.core as mx
-    from diffusers import UNet2DConditionModel
-    from mlx.utils import tree_flatten
-    from safetensors.torch import save_file
+def plot(path, curves):
+    import matplotlib
 
-    import sd
-    import test_sd
+    matplotlib.use("agg")
+    from matplotlib import pyplot
 
-    theirs = test_sd.shake(UNet2DConditionModel(cross_attention_dim=768).eval())
-    save_file(theirs.state_dict(), folder / "theirs.safetensors")
-    ours = test_sd.ours_from(sd.UNet(WIDTHS, HEADS, 32, 768), "unet", theirs)
-    mx.save_safetensors(str(folder / "ours.safetensors"), dict(tree_flatten(ours.parameters())))
+    titles = {
+        "batches": ("pictures a second through the UNet", "in a batch", (1, 2, 4, 6, 8, 12, 16)),
+        "sizes": ("seconds for a guided UNet call", "pixels a side", (256, 512, 768, 1024)),
+    }
+    figure, axes = pyplot.subplots(1, len(curves), figsize=(6 * len(curves), 4), squeeze=False)
+    for axis, (task, programs) in zip(axes[0], curves.items()):
+        title, below, at = titles[task]
+        for name, values in programs.items():
+            axis.plot(at, values, "o-", label=name)
+        axis.set(title=title, xlabel=below, ylim=(0, None))
+        axis.legend()
+    figure.savefig(path, bbox_inches="tight")
 
 
-def serve(load, folder, x, context, pipe):
-    """Make a call whenever asked, and say how long it took and what came out."""
-    call = load(folder, x, context)
-    call()  # once without the clock: first calls prepare things
-    pipe.send(None)
-    while pipe.recv():
-        start = time.perf_counter()
-        out = call()
-        pipe.send((time.perf_counter() - start, out))
+def machine():
+    """The processor, and the kernels that NumPy's OpenBLAS chose for it."""
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((x.split(": ")[1] for x in lines if x.startswith("model name")), model)
+    library = ctypes.CDLL(sys.modules["numpy._core._multiarray_umath"].__file__)
+    kernels = "?"
+    if hasattr(library, "scipy_openblas_get_corename64_"):
+        library.scipy_openblas_get_corename64_.restype = ctypes.c_char_p
+        kernels = library.scipy_openblas_get_corename64_().decode()
+    return f"{model}, {os.cpu_count()} cores, {platform.system()}; OpenBLAS's {kernels} kernels"
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--model", metavar="FOLDER", help="a diffusers folder (default: random weights)")
+    p.add_argument("--only", nargs="+", choices=TASKS, default=TASKS, help="measure only these")
     p.add_argument("--runs", type=int, default=5, metavar="N", help="calls of each (default: 5)")
+    p.add_argument("--plot", metavar="FILE", help="batches and sizes as a picture")
     args = p.parse_args(argv)
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((2, 4, 64, 64), np.float32)
-    context = rng.standard_normal((2, 77, 768), np.float32)
-    spawn = multiprocessing.get_context("spawn")
+    names = ("mlx", "numpy", "torch", "diffusers", "transformers", "openvino")
+    print(f"{date.today()}, {machine()}  ")
+    print(", ".join(f"{n} {importlib.metadata.version(n)}" for n in names if in_place(n)))
+    curves = {}
     with tempfile.TemporaryDirectory() as folder:
-        writer = spawn.Process(target=write_weights, args=(Path(folder),))
-        writer.start()
-        writer.join()
-        pipes, processes = {}, []
-        for name, load in PROGRAMS.items():
-            pipes[name], theirs = spawn.Pipe()
-            job = (load, Path(folder), x, context, theirs)
-            processes.append(spawn.Process(target=serve, args=job, daemon=True))
-            processes[-1].start()
-            pipes[name].recv()
-        times, results = {name: [] for name in PROGRAMS}, {}
-        for _ in range(args.runs):
-            for name, pipe in pipes.items():
-                pipe.send(True)
-                seconds, results[name] = pipe.recv()
-                times[name].append(seconds)
-        for pipe, process in zip(pipes.values(), processes):
-            pipe.send(False)
-            process.join()
+        folder = Path(folder)
+        apart(write_models, folder, args.model)
+        for task in args.only:
+            curves[task] = TASKS[task](folder, args.runs)
+    curves = {task: curve for task, curve in curves.items() if curve}
+    if args.plot and curves:
+        plot(args.plot, curves)
 
-    ours, truth, _ = results.values()
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, {date.today()}")
-    names = ("mlx", "numpy", "torch", "diffusers")
-    print(", ".join(f"{name} {importlib.metadata.version(name)}" for name in names))
-    print(f"relative error: {np.abs(ours - truth).max() / np.abs(truth).max():.1e}\n")
-    print("| one guided UNet call, 512 x 512 | median s | all | sd.py takes, of this |")
-    print("|---|---|---|---|")
-    mine = statistics.median(times["sd.py, float32"])
-    for name, each in times.items():
-        median = statistics.median(each)
-        print(
-            f"| {name} | {median:.2f} | {min(each):.1f} ... {max(each):.1f} | {mine / median:.2f} |"
-        )
+
+def in_place(package):
+    return importlib.util.find_spec(package) is not None
 
 
 if __name__ == "__main__":
