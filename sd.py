@@ -80,7 +80,7 @@ import numpy as np  # the noise, and the fast paths on a CPU
 import regex  # like re, but knows which characters of the world are letters: \p{L}
 from mlx import nn  # Module: a tree of arrays that knows their names; no layer of it is used
 from mlx.utils import tree_flatten
-from PIL import Image, PngImagePlugin  # pictures as files
+from PIL import Image, ImageFilter, ImageOps, PngImagePlugin  # pictures as files
 from safetensors import SafetensorError, safe_open  # checks a file's header before MLX reads it
 
 # =================================================================================== I. The picture
@@ -758,10 +758,11 @@ def ddim_step(x, eps, t, t_next):
 
 # A sampler walks x down the timesteps, asking eps_at(x, t), which is the UNet with the prompt built
 # in (section 7). It is a Python generator: it yields x after each step, so that its caller can show
-# progress, save what is there or stop, and the sampler need not know about that.
+# progress, save what is there or stop, and the sampler need not know about that. draw() gives new
+# noise; these two need none.
 
 
-def sample_ddim(eps_at, x, timesteps):
+def sample_ddim(eps_at, x, timesteps, draw=None):
     """One UNet call per step [3].
 
     As in the original, the last step goes to t = 0, where abar is 0.9991 and not 1: a little noise
@@ -788,7 +789,7 @@ ADAMS_BASHFORTH = (
 )
 
 
-def sample_plms(eps_at, x, timesteps):
+def sample_plms(eps_at, x, timesteps, draw=None):
     """One UNet call per step, two in the first: 51 for 50 steps. (models/diffusion/plms.py:174)"""
     old = []  # newest first, at most three
     for t, t_next in itertools.pairwise([*timesteps, 0]):
@@ -806,6 +807,7 @@ def sample_plms(eps_at, x, timesteps):
 
 
 SAMPLERS = {"plms": sample_plms, "ddim": sample_ddim}
+SPACINGS = {}  # samplers with timesteps of their own (section 10)
 
 
 # %% 7. Text to image ------------------------------------------------------------------------------
@@ -847,6 +849,10 @@ class StableDiffusion:
         """Read the weights, which until here are only known to be in the file."""
         mx.eval([network.parameters() for network in (self.text_encoder, self.unet, self.vae)])
 
+    def contexts(self, sentences):
+        """-> (number of sentences, 77, width)"""
+        return self.text_encoder(mx.array([self.tokenizer.encode(s) for s in sentences]))
+
     def guided(self, prompt, negative_prompt, n_images, cfg):
         """-> the function eps_at(x, t) that the samplers ask, with the prompt built in.
 
@@ -859,10 +865,10 @@ class StableDiffusion:
         A negative prompt in its place is what to go away from.
         """
         sentences = [prompt] if cfg == 1 else [negative_prompt, prompt]
-        ids = mx.array([self.tokenizer.encode(sentence) for sentence in sentences])
-        context = mx.repeat(self.text_encoder(ids), n_images, axis=0)  # all without, then all with
+        context = self.contexts(sentences)
+        context = mx.repeat(context, n_images, axis=0)  # all without, then all with
 
-        unet = compiled(self.unet)  # the same network, on a GPU faster (section 9)
+        unet = compiled(self.unet)  # the same network, on a GPU faster (section 16)
 
         def eps_at(x, t):
             both = mx.concatenate([x] * len(sentences)).astype(self.dtype)
@@ -876,7 +882,7 @@ class StableDiffusion:
 
     def generate_latents(
         self, prompt, *, negative_prompt="", seed=42, steps=50, cfg=None, sampler="plms",
-        width=None, height=None, n_images=1, rng="torch",
+        width=None, height=None, n_images=1, rng="torch", variations=(),
     ):  # fmt: skip
         """Yield the latents x (n_images, h, w, 4) after every step; the last ones are the picture.
 
@@ -888,11 +894,18 @@ class StableDiffusion:
         width = self.config["size"] if width is None else width
         height = self.config["size"] if height is None else height
         check_options(steps, cfg, sampler, width, height, n_images, rng)
-        # Drawn as (b, c, h, w), so that the numbers fall in the places where PyTorch has them.
-        noise = [RNGS[rng](seed + i, (1, 4, height // 8, width // 8)) for i in range(n_images)]
-        noise = mx.array(np.concatenate(noise).transpose(0, 2, 3, 1))
+        normal = [RNGS[rng](seed + i) for i in range(n_images)]
+
+        def draw():
+            """More noise. As (b, c, h, w), so that the numbers fall where PyTorch has them."""
+            noise = [one((1, 4, height // 8, width // 8)) for one in normal]
+            return mx.array(np.concatenate(noise).transpose(0, 2, 3, 1))
+
+        walk, timesteps = SAMPLERS[sampler], SPACINGS.get(sampler, make_timesteps)(steps)
+        for vary in variations:  # part II: each makes a sampler of a sampler
+            walk = vary(walk)
         eps_at = self.guided(prompt, negative_prompt, n_images, cfg)
-        for x in SAMPLERS[sampler](eps_at, noise, make_timesteps(steps)):
+        for x in walk(eps_at, draw(), timesteps, draw):
             mx.eval(x)  # MLX only notes what is to be computed, until it is told to do it
             yield x
 
@@ -900,9 +913,10 @@ class StableDiffusion:
         """Latents (b, h, w, 4) -> pictures (b, 8h, 8w, 3) in [0, 1]."""
         return mx.clip(self.vae.decode(x.astype(mx.float32) / self.scale) / 2 + 0.5, 0, 1)
 
-    def encode(self, pictures):
-        """Pictures (b, 8h, 8w, 3) in [0, 1] -> latents (b, h, w, 4): the means, without noise."""
-        return self.vae.encode(mx.array(pictures).astype(mx.float32) * 2 - 1)[0] * self.scale
+    def encode(self, pictures, noise=0):
+        """Pictures (b, 8h, 8w, 3) in [0, 1] -> latents (b, h, w, 4): the means, if noise is 0."""
+        mean, log_variance = self.vae.encode(mx.array(pictures).astype(mx.float32) * 2 - 1)
+        return (mean + mx.exp(log_variance / 2) * noise) * self.scale
 
     def txt2img(self, prompt, **options):
         """A sentence -> list of PIL pictures. Options: those of generate_latents."""
@@ -921,35 +935,314 @@ class StableDiffusion:
         return [Image.fromarray((p * 255 + 0.5).astype(np.uint8)) for p in pictures]
 
 
-# That is Stable Diffusion. The rest of this file is optional: the noise to start from (section 8)
+# That is Stable Diffusion. The rest of this file is optional: the noise to start from (section 15)
 # could be any library's normal random numbers.
+
+# ================================================================================= II. Variations
+
+# A variation of the way down is a function from sampler to sampler (generate_latents' `variations`);
+# one of the network stands in the UNet's place. So they can be combined, and part I knows of none.
+
+# %% 8. From a picture -----------------------------------------------------------------------------
+# Image to image: do not begin with pure noise, but with a picture that was spoiled only so far, and
+# walk the rest of the way with a sentence. What is large in it stays, for that much noise did not
+# hide it; what is small is painted anew. That is all there is to it [8].
+#
+#   strength   how much of the way is walked: 0.3 touches up, 0.75 keeps the layout, 1 keeps next
+#              to nothing
+#
+# To watch: the noise must be that of the first timestep that is run. Several programs are one step
+# off, and a little noise is left in the picture or too little was put in.
+
+
+def spoil(x0, noise, t):
+    """Section 6's line for x: clean latents as they are at time t."""
+    abar = abar_at(t)
+    return math.sqrt(abar) * x0 + math.sqrt(1 - abar) * noise
+
+
+class FromPicture:
+    """picture: (h, w, 3) in [0, 1], h and w multiples of 64. As diffusers does, it is encoded with
+    noise, the first that is drawn; what spoils it is the second.
+    """
+
+    def __init__(self, sd, picture, strength):
+        if not 0 < strength <= 1:
+            raise ValueError(f"strength {strength} can't be: more than 0, at most 1.")
+        self.sd, self.picture, self.strength = sd, mx.array(picture)[None], strength
+
+    def vary(self, walk):
+        def run(eps_at, noise, timesteps, draw):
+            x0, timesteps = self.sd.encode(self.picture, noise), self.rest(timesteps)
+            return walk(eps_at, spoil(x0, draw(), timesteps[0]), timesteps, draw)
+
+        return run
+
+    def rest(self, timesteps):
+        """The last ones, as many as strength says."""
+        count = int(self.strength * len(timesteps))
+        if count == 0:
+            raise ValueError(
+                f"strength {self.strength} of {len(timesteps)} steps is none. Take more of either."
+            )
+        return timesteps[-count:]
+
+    def finish(self, pictures):
+        return pictures
+
+
+def load_picture(file, width=None, height=None):
+    """A picture of any kind -> (RGB (h, w, 3), what is opaque (h, w)), float32 in [0, 1].
+
+    file: a path, an open file or a PIL image. It is turned as its EXIF note says, and resized to
+    width and height, by default the nearest multiples of 64.
+    """
+    image = file if isinstance(file, Image.Image) else Image.open(file)
+    image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":  # grey with more than 8 bits; Pillow would cut it off at 255
+        grey = np.asarray(image, np.float32)
+        image = Image.fromarray((grey / max(65535, grey.max()) * 255 + 0.5).astype(np.uint8))
+    image = image.convert("RGBA")
+    near = [max(64, round(n / 64) * 64) for n in image.size]
+    size = (width or near[0], height or near[1])
+    if size != image.size:
+        print("resized {} x {} to {} x {}".format(*image.size, *size), file=sys.stderr)
+        image = image.resize(size, Image.LANCZOS)
+    pixels = np.asarray(image, np.float32) / 255
+    return pixels[..., :3], pixels[..., 3]
+
+
+def img2img(self, prompt, image, strength=0.75, width=None, height=None, **options):
+    """A sentence and a picture -> list of PIL pictures. Options: those of generate_latents."""
+    picture, _ = load_picture(image, width, height)
+    return paint_with(self, prompt, FromPicture(self, picture, strength), options)
+
+
+def paint_with(sd, prompt, way, options):
+    height, width, _ = way.picture.shape[1:]
+    size = {"width": width, "height": height, "variations": [way.vary]}
+    return way.finish(sd.txt2img(prompt, **size, **options))
+
+
+StableDiffusion.img2img = img2img
+
+
+# %% 9. Inpainting ---------------------------------------------------------------------------------
+# Paint anew only where a mask says so. Elsewhere eps need not be asked of the UNet, for there the
+# clean latents are known, and with them the noise in x:
+#
+#     eps = (x - sqrt(abar) x0) / sqrt(1 - abar)
+#
+# With that answer every sampler walks the known part along from noise to x0, while the UNet sees it
+# around the part that it paints. (Others put the known part, with new noise, into x after each
+# step; for these samplers it is the same.) In the end the known pixels are pasted back, with a soft
+# edge, since the VAE changes them a little.
+#
+# Models trained for inpainting see more: nine channels, the noisy latents, the mask, and the
+# latents of the picture with a grey hole. They need none of this. [1]
+
+
+class Inpainting(FromPicture):
+    """mask: (h, w), 1 where to paint."""
+
+    def __init__(self, sd, picture, mask, strength=1.0):
+        super().__init__(sd, picture, strength)
+        if not mask.any():
+            raise ValueError("the mask is black everywhere: nothing is to be painted.")
+        self.mask = mask
+        small = Image.fromarray((mask * 255).astype(np.uint8))
+        small = small.resize((mask.shape[1] // 8, mask.shape[0] // 8), Image.BOX)
+        # A place of the latents is painted if any of its 8 x 8 pixels is.
+        self.small = mx.array((np.asarray(small) > 0).astype(np.float32))[None, :, :, None]
+
+    def vary(self, walk):
+        def run(eps_at, noise, timesteps, draw):
+            x0, timesteps = self.sd.encode(self.picture, noise), self.rest(timesteps)
+
+            def known_eps(x, t):
+                abar = abar_at(t)
+                known = (x - math.sqrt(abar) * x0) / math.sqrt(1 - abar)
+                return mx.where(self.small > 0, eps_at(x, t), known)
+
+            noise = draw()
+            start = spoil(x0, noise, timesteps[0])
+            if self.strength == 1:  # then nothing of what is to be replaced
+                start = mx.where(self.small > 0, noise, start)
+            walked = walk(known_eps, start, timesteps, draw)
+            for left, x in zip(reversed(range(len(timesteps))), walked):
+                yield x if left else mx.where(self.small > 0, x, x0)
+
+        return run
+
+    def finish(self, pictures):
+        soft = Image.fromarray((self.mask * 255).astype(np.uint8)).filter(ImageFilter.BoxBlur(4))
+        soft = (self.mask * np.clip(np.asarray(soft, np.float32) / 127.5 - 1, 0, 1))[..., None]
+        known = np.array(self.picture[0]) * 255
+        return [
+            Image.fromarray((soft * np.asarray(p) + (1 - soft) * known + 0.5).astype(np.uint8))
+            for p in pictures
+        ]
+
+
+def find_mask(file, picture, opaque, mask=None):
+    """-> (h, w): 1 where to paint. mask: a picture, white there; else where the picture itself is
+    transparent or pure green.
+    """
+    height, width, _ = picture.shape
+    if mask is not None:
+        grey = load_picture(mask, width, height)[0].mean(2)
+        return (grey > 0.5).astype(np.float32)
+    green = (picture == np.float32([0, 1, 0])).all(2)
+    if not green.any() and (opaque > 0.5).all():
+        raise ValueError(f"{file} has nothing transparent or pure green. Say where with a mask.")
+    return (green | (opaque < 0.5)).astype(np.float32)
+
+
+def inpaint(self, prompt, image, mask=None, strength=1.0, width=None, height=None, **options):
+    """A sentence, a picture, and where to paint -> list of PIL pictures."""
+    picture, opaque = load_picture(image, width, height)
+    mask = find_mask(image, picture, opaque, mask)
+    return paint_with(self, prompt, Inpainting(self, picture, mask, strength), options)
+
+
+StableDiffusion.inpaint = inpaint
+
+
+# %% 10. More samplers -----------------------------------------------------------------------------
+# All see the same x and eps; they differ in how they go on from there. Most are written in other
+# coordinates, those of Karras et al. [9]: y = x / sqrt(abar) = x0 + sigma eps, a clean picture with
+# noise of deviation sigma on it, from 14.6 down to 0. There the way is dy/dsigma = eps, and a DDIM
+# step is Euler's: y + (sigma_next - sigma) eps. These go down to sigma 0, where nothing is left in.
+
+
+def sigma_at(t):
+    """sqrt((1 - abar) / abar); between two timesteps evenly in its logarithm."""
+    return math.exp(np.interp(t, np.arange(1000), LOG_SIGMAS))
+
+
+def abar_at(t):
+    return 1 / (1 + sigma_at(t) ** 2)
+
+
+LOG_SIGMAS = np.log((1 - ABAR) / ABAR) / 2
+
+
+def in_sigmas(step):
+    """step(y, eps, i, sigmas, draw, old) -> y, as a sampler; old: a list that it may keep."""
+
+    def sample(eps_at, x, timesteps, draw=None):
+        sigmas, old = [*map(sigma_at, timesteps), 0.0], []
+        y = x * math.hypot(1, sigmas[0])
+        for i, t in enumerate(timesteps):
+            eps = eps_at(y / math.hypot(1, sigmas[i]), round(t))
+            y = step(y, eps, i, sigmas, draw, old)
+            yield y / math.hypot(1, sigmas[i + 1])
+
+    return sample
+
+
+def euler(y, eps, i, sigmas, draw, old):
+    return y + (sigmas[i + 1] - sigmas[i]) * eps
+
+
+def euler_ancestral(y, eps, i, sigmas, draw, old):
+    """Go down further than asked and come back with new noise. (k-diffusion's get_ancestral_step)"""
+    now, then = sigmas[i], sigmas[i + 1]
+    up = then * math.sqrt(max(0, 1 - (then / now) ** 2))
+    down = math.sqrt(then**2 - up**2)
+    return y + (down - now) * eps + up * draw()
+
+
+def lms(y, eps, i, sigmas, draw, old):
+    """Adams and Bashforth again, with the true distances between up to four sigmas: the integral,
+    over the coming step, of the polynomial through the known eps. (Crowson's, in k-diffusion)
+    """
+    old[:] = [eps, *old][:4]
+    known = sigmas[i - len(old) + 1 : i + 1][::-1]  # where they were asked, newest first
+    for j, e in enumerate(old):
+        others = known[:j] + known[j + 1 :]
+        height = math.prod(known[j] - s for s in others)
+        area = np.polynomial.Polynomial.fromroots(others) if others else np.polynomial.Polynomial(1)
+        area = area.integ()
+        y = y + float(area(sigmas[i + 1]) - area(sigmas[i])) / height * e
+    return y
+
+
+def dpm_2m(y, eps, i, sigmas, draw, old):
+    """DPM-Solver++(2M) [10]: follow x0, not eps, which changes less, in steps of log sigma. The old
+    x0 tells which way it goes. The last step, to sigma 0, is x0 itself.
+    """
+    now, then = sigmas[i], sigmas[i + 1]
+    x0 = y - now * eps
+    if then == 0:
+        return x0
+    toward = x0
+    if old:
+        r = math.log(sigmas[i - 1] / now) / math.log(now / then)
+        toward = x0 + (x0 - old[0]) / (2 * r)
+    old[:] = [x0]
+    return then / now * y + (1 - then / now) * toward
+
+
+def sample_lcm(eps_at, x, timesteps, draw=None):
+    """For models distilled to say the clean picture at once [11]: believe x0, and spoil it anew."""
+    for t, t_next in itertools.pairwise([*timesteps, None]):
+        abar, far = ABAR[t], 10 * t
+        x0 = (x - math.sqrt(1 - abar) * eps_at(x, t)) / math.sqrt(abar)
+        # At t = 0 the picture is x itself; the model learned only the rest.
+        x = far / math.hypot(far, 0.5) * x0 + 0.25 / (far**2 + 0.25) * x
+        if t_next is not None:
+            x = spoil(x, draw(), t_next)
+        yield x
+
+
+def lcm_timesteps(steps):
+    """Of the 50 timesteps 999, 979 ... 19 that it was distilled at, evenly so many."""
+    if steps > 50:
+        raise ValueError(f"steps {steps} can't be with lcm: at most 50. 4 to 8 are usual.")
+    return [999 - 20 * int(50 * i / steps) for i in range(steps)]
+
+
+def karras_timesteps(steps):
+    """Sigmas evenly spaced in their 7th root [9, eq. 5]: smaller steps near the end. -> timesteps
+    between whole numbers that have these sigmas; the UNet is told the nearest one.
+    """
+    high, low = math.exp(LOG_SIGMAS[-1]) ** (1 / 7), math.exp(LOG_SIGMAS[0]) ** (1 / 7)
+    sigmas = [(high + (low - high) * i / max(1, steps - 1)) ** 7 for i in range(steps)]
+    return [float(np.interp(math.log(s), LOG_SIGMAS, np.arange(1000))) for s in sigmas]
+
+
+SAMPLERS |= {
+    "euler": in_sigmas(euler),
+    "euler-a": in_sigmas(euler_ancestral),
+    "lms": in_sigmas(lms),
+    "dpm++": in_sigmas(dpm_2m),
+    "dpm++-karras": in_sigmas(dpm_2m),
+    "lcm": sample_lcm,
+}
+SPACINGS |= {"dpm++-karras": karras_timesteps, "lcm": lcm_timesteps}
+
 
 # ================================================================================== III. Plumbing
 
-# %% 8. Random numbers -----------------------------------------------------------------------------
+# %% 15. Random numbers ----------------------------------------------------------------------------
 # The picture depends on the noise it starts from, so the same seed gives the same picture only in
-# programs that draw the same numbers. Here each is a function (seed, shape) -> float32 array.
+# programs that draw the same numbers. Here each is a function of a seed that returns draw(shape) ->
+# float32 array, which goes on where it left off when it is called again.
 
 
-def torch_randn(seed, shape):
-    """What torch.manual_seed(seed); torch.randn(shape) gives on a CPU, to float32 rounding.
+def torch_normal(seed):
+    """What torch.randn gives on a CPU after torch.manual_seed(seed), to float32 rounding.
 
     A Mersenne twister yields 32-bit words; NumPy's old generator is the same twister. torch keeps
     each word's low 24 bits as a uniform number in [0, 1), takes them 16 at a time, pairs the first
     8 with the last 8 and turns each pair into two normal numbers (Box and Muller: a radius and an
     angle). That is all that latents need, whose size is always a multiple of 256. Elsewhere: if the
     size is no multiple of 16, the last 16 numbers are drawn once more; below 16 it takes 53 bits
-    from two words, one number after the other, in float64.
+    from two words, one number after the other, in float64, and keeps the second of a pair.
     (PyTorch's aten/src/ATen/native/cpu/DistributionTemplates.h, normal_fill)
     """
-    n = math.prod(shape)
-    twister = np.random.RandomState(seed % 2**32)
-    if n < 16:
-        words = twister.randint(0, 2**32, (-(-n // 2), 2, 2), dtype=np.uint64)
-        u = (words[..., 0] << 32 | words[..., 1]) % 2**53 * 2.0**-53  # (pairs, 2)
-        angle, radius = 2 * np.pi * u[:, 0], np.sqrt(-2 * np.log1p(-u[:, 1]))
-        out = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)[:n]
-        return out.astype(np.float32).reshape(shape)
+    twister, kept = np.random.RandomState(seed % 2**32), []
 
     def uniform(count):
         words = twister.randint(0, 2**32, count, dtype=np.uint32)
@@ -960,18 +1253,84 @@ def torch_randn(seed, shape):
         radius, angle = np.sqrt(-2 * np.log(1 - u[:, 0])), np.float32(2 * np.pi) * u[:, 1]
         return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)
 
-    u = uniform(n)
-    out = np.empty(n, np.float32)
-    out[: n // 16 * 16] = normal(u[: n // 16 * 16])
-    if n % 16:
-        out[-16:] = normal(uniform(16))
-    return out.reshape(shape)
+    def one():
+        if not kept:
+            words = twister.randint(0, 2**32, (2, 2), dtype=np.uint32).astype(np.uint64)
+            u = (words[:, 0] << 32 | words[:, 1]) % 2**53 * 2.0**-53
+            angle, radius = 2 * np.pi * u[0], math.sqrt(-2 * math.log1p(-u[1]))
+            kept[:] = radius * math.sin(angle), radius * math.cos(angle)
+        return kept.pop()
+
+    def draw(shape):
+        n = math.prod(shape)
+        if n < 16:
+            return np.array([one() for _ in range(n)], np.float32).reshape(shape)
+        u = uniform(n)
+        out = np.empty(n, np.float32)
+        out[: n // 16 * 16] = normal(u[: n // 16 * 16])
+        if n % 16:
+            out[-16:] = normal(uniform(16))
+        return out.reshape(shape)
+
+    return draw
 
 
-RNGS = {"torch": torch_randn}
+def numpy_normal(seed):
+    """np.random.RandomState's, which Apple's Core ML programs use."""
+    state = np.random.RandomState(seed % 2**32)
+    return lambda shape: state.standard_normal(shape).astype(np.float32)
 
 
-# %% 9. The same, faster ---------------------------------------------------------------------------
+def philox_normal(seed):
+    """What torch.randn gives on an NVIDIA GPU: Philox 4x32-10, by Salmon et al., SC 2011.
+
+    It has no state to wind on: number i of call j is a scrambled (j, i), scrambled with the seed.
+    """
+    calls = itertools.count()
+
+    def draw(shape):
+        n = math.prod(shape)
+        counter = np.zeros((4, n), np.uint32)
+        counter[0], counter[2] = next(calls), np.arange(n)
+        words = philox(counter, seed % 2**64).astype(np.float64)
+        tiny = np.float32(2.0**-32)
+        u, angle = (words[0] + 0.5) * tiny, (words[1] + 0.5) * np.float32(tiny * 2 * np.pi)
+        return (np.sqrt(-2 * np.log(u)) * np.sin(angle)).astype(np.float32).reshape(shape)
+
+    return draw
+
+
+def philox(counter, seed):
+    """(4, n) words of 32 bits -> the same, scrambled in ten rounds of multiplying and swapping."""
+    a, b, c, d = counter.astype(np.uint64)
+    key0, key1 = seed % 2**32, seed >> 32
+    for _ in range(10):
+        left, right = a * 0xD2511F53, c * 0xCD9E8D57
+        a, b, c, d = right >> 32 ^ b ^ key0, right % 2**32, left >> 32 ^ d ^ key1, left % 2**32
+        key0, key1 = (key0 + 0x9E3779B9) % 2**32, (key1 + 0xBB67AE85) % 2**32
+    return np.stack([a, b, c, d]).astype(np.uint32)
+
+
+def mlx_normal(seed):
+    """MLX's own, a new key for each call."""
+    keys = [mx.random.key(seed % 2**64)]
+
+    def draw(shape):
+        keys[0], now = mx.random.split(keys[0])
+        return np.array(mx.random.normal(shape, key=now))
+
+    return draw
+
+
+RNGS = {
+    "torch": torch_normal,
+    "numpy": numpy_normal,
+    "philox": philox_normal,
+    "mlx": mlx_normal,
+}
+
+
+# %% 16. The same, faster ---------------------------------------------------------------------------
 # Functions that take the place of section 2's, with the same names, arguments and results up to
 # rounding (test_fast_functions_equal_the_plain_ones). On a GPU, MLX's fused attention and norm. On
 # a CPU, NumPy: MLX's Linux wheel (0.32.4) multiplies matrices there with plain loops, some 50 times
@@ -1472,7 +1831,7 @@ else:
     use_kernels("gpu")
 
 
-# %% 10. Files, and less memory --------------------------------------------------------------------
+# %% 17. Files, and less memory --------------------------------------------------------------------
 # A flat file is one safetensors file: every network's weights under the attribute paths of the
 # classes above (unet.down.1.0.conv1.weight), the tokenizer's merges as bytes, and in the header a
 # "config" with the numbers. That of Stable Diffusion 1.5:
@@ -1668,7 +2027,7 @@ class LowMemory(StableDiffusion):
         return in_tiles(super().encode, mx.array(pictures), self.config["size"] // 8, 8, 1)
 
 
-# %% 11. Command line ------------------------------------------------------------------------------
+# %% 18. Command line ------------------------------------------------------------------------------
 # Options, messages, files. Whatever can be wrong is found out before the painting begins, and said
 # in one message: what, with which value, and what to do now. No file that is there is overwritten.
 
