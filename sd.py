@@ -59,6 +59,7 @@ In brackets behind a class: where the original has it, in CompVis' stable-diffus
 # ///
 
 import argparse
+import copy
 import ctypes
 import functools
 import hashlib
@@ -79,8 +80,8 @@ import mlx.core as mx  # arrays, on a GPU where there is one
 import numpy as np  # the noise, and the fast paths on a CPU
 import regex  # like re, but knows which characters of the world are letters: \p{L}
 from mlx import nn  # Module: a tree of arrays that knows their names; no layer of it is used
-from mlx.utils import tree_flatten
-from PIL import Image, ImageFilter, ImageOps, PngImagePlugin  # pictures as files
+from mlx.utils import tree_flatten, tree_map
+from PIL import Image, ImageOps, PngImagePlugin  # pictures as files
 from safetensors import SafetensorError, safe_open  # checks a file's header before MLX reads it
 
 # =================================================================================== I. The picture
@@ -538,7 +539,7 @@ class UNet(nn.Module):
     original's input_blocks, middle_block and output_blocks. (openaimodel.py:413)
     """
 
-    def __init__(self, widths, heads, groups, context_width):
+    def __init__(self, widths, heads, groups, context_width, channels=4):
         super().__init__()
         c1, c2, c3, c4 = widths
         heads1, heads2, heads3, heads4 = heads
@@ -554,7 +555,7 @@ class UNet(nn.Module):
         self.time2 = Linear(time_width, time_width)
         # fmt: off
         self.down = [                           # right: after the row, kept for the way up
-            [Conv(4, c1)],                                              # 64 x 64 x  320
+            [Conv(channels, c1)],                                       # 64 x 64 x  320
             [res(c1, c1), attend(c1, heads1)],                          # 64 x 64 x  320
             [res(c1, c1), attend(c1, heads1)],                          # 64 x 64 x  320
             [Halve(c1)],                                                # 32 x 32 x  320
@@ -586,29 +587,34 @@ class UNet(nn.Module):
         self.norm_out = NormSilu(c1, groups, epsilon=1e-5)
         self.conv_out = Conv(c1, 4)
 
-    def __call__(self, x, t, context):
+    def time(self, x, t):
+        """-> (b, 4 c1), from which each Res takes what it needs to know of t."""
         t = mx.full((len(x),), t, mx.float32)  # the same for the whole batch
-        time = time_features(t, self.c1).astype(x.dtype)  # (b, 320)
-        time = self.time2(silu(self.time1(time)))  # (b, 1280)
+        return self.time2(silu(self.time1(time_features(t, self.c1).astype(x.dtype))))
 
-        def run(row, x):
-            for layer in row:
-                if isinstance(layer, Res):
-                    x = layer(x, time)
-                elif isinstance(layer, Attend):
-                    x = layer(x, context)
-                else:
-                    x = layer(x)
-            return x
-
-        kept = []
+    def __call__(self, x, t, context, control=None):
+        """control: corrections that section 12 adds to what the way up will see."""
+        time, kept = self.time(x, t), []
         for row in self.down:
-            x = run(row, x)
+            x = run(row, x, time, context)
             kept.append(x)
-        x = run(self.middle, x)
+        x = run(self.middle, x, time, context)
+        if control:
+            kept, x = [a + b for a, b in zip(kept, control)], x + control[-1]
         for row in self.up:
-            x = run(row, mx.concatenate([x, kept.pop()], axis=-1))
+            x = run(row, mx.concatenate([x, kept.pop()], axis=-1), time, context)
         return self.conv_out(self.norm_out(x))
+
+
+def run(row, x, time, context):
+    for layer in row:
+        if isinstance(layer, Res):
+            x = layer(x, time)
+        elif isinstance(layer, Attend):
+            x = layer(x, context)
+        else:
+            x = layer(x)
+    return x
 
 
 # %% 5. VAE ----------------------------------------------------------------------------------------
@@ -743,7 +749,8 @@ def eps_from_v(v, x, t):
 
     v = sqrt(abar) eps - sqrt(1 - abar) x0, which is solved for eps with the line above for x.
     """
-    return math.sqrt(ABAR[t]) * v + math.sqrt(1 - ABAR[t]) * x
+    abar = abar_at(t)  # ABAR[t]; but section 10 has a sampler that stops between two timesteps
+    return math.sqrt(abar) * v + math.sqrt(1 - abar) * x
 
 
 def ddim_step(x, eps, t, t_next):
@@ -826,12 +833,13 @@ class StableDiffusion:
 
     path: a flat file (default: the miniature). dtype: what the text model and the UNet compute in,
     "float32", "float16" or "bfloat16"; default float16 on a GPU, float32 on a CPU. The VAE, whose
-    numbers outgrow float16 in some models, always has float32. Raises ValueError.
+    numbers outgrow float16 in some models, always has float32. loras: (path, strength) of each
+    (section 11). Raises ValueError.
     """
 
-    def __init__(self, path=TINY, dtype=None):
-        self.path = path
-        self.config, weights = read_flat(path)
+    def __init__(self, path=TINY, dtype=None, loras=()):
+        self.path, self.loras = path, loras
+        self.config, weights = read_flat(path, "model", loras)
         dtype = dtype or ("float32" if on_cpu() else "float16")
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r} can't be. There are: {', '.join(DTYPES)}.")
@@ -872,7 +880,7 @@ class StableDiffusion:
 
         def eps_at(x, t):
             both = mx.concatenate([x] * len(sentences)).astype(self.dtype)
-            out = unet(both, t, context).astype(mx.float32)
+            out = unet(both, round(t), context).astype(mx.float32)
             if cfg != 1:
                 uncond, text = mx.split(out, 2)
                 out = uncond + cfg * (text - uncond)
@@ -940,8 +948,9 @@ class StableDiffusion:
 
 # ================================================================================= II. Variations
 
-# A variation of the way down is a function from sampler to sampler (generate_latents' `variations`);
-# one of the network stands in the UNet's place. So they can be combined, and part I knows of none.
+# A variation of the way down is a function from sampler to sampler (variations in
+# generate_latents); one of the network stands in the UNet's place. So they can be combined, and
+# part I knows of none.
 
 # %% 8. From a picture -----------------------------------------------------------------------------
 # Image to image: do not begin with pure noise, but with a picture that was spoiled only so far, and
@@ -999,9 +1008,8 @@ def load_picture(file, width=None, height=None):
     """
     image = file if isinstance(file, Image.Image) else Image.open(file)
     image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":  # grey with more than 8 bits; Pillow would cut it off at 255
-        grey = np.asarray(image, np.float32)
-        image = Image.fromarray((grey / max(65535, grey.max()) * 255 + 0.5).astype(np.uint8))
+    if image.mode.startswith("I"):  # grey with 16 bits; Pillow would cut it off at 255
+        image = Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8))
     image = image.convert("RGBA")
     near = [max(64, round(n / 64) * 64) for n in image.size]
     size = (width or near[0], height or near[1])
@@ -1048,7 +1056,10 @@ class Inpainting(FromPicture):
     def __init__(self, sd, picture, mask, strength=1.0):
         super().__init__(sd, picture, strength)
         if not mask.any():
-            raise ValueError("the mask is black everywhere: nothing is to be painted.")
+            raise ValueError(
+                "nothing is to be painted: the mask is nowhere white, or, without a mask, the "
+                "picture nowhere transparent or pure green."
+            )
         self.mask = mask
         small = Image.fromarray((mask * 255).astype(np.uint8))
         small = small.resize((mask.shape[1] // 8, mask.shape[0] // 8), Image.BOX)
@@ -1075,8 +1086,7 @@ class Inpainting(FromPicture):
         return run
 
     def finish(self, pictures):
-        soft = Image.fromarray((self.mask * 255).astype(np.uint8)).filter(ImageFilter.BoxBlur(4))
-        soft = (self.mask * np.clip(np.asarray(soft, np.float32) / 127.5 - 1, 0, 1))[..., None]
+        soft = np.clip(2 * blur(self.mask[..., None], 4), 0, 1)  # 1 inside, 0 from 4 pixels on
         known = np.array(self.picture[0]) * 255
         return [
             Image.fromarray((soft * np.asarray(p) + (1 - soft) * known + 0.5).astype(np.uint8))
@@ -1084,24 +1094,33 @@ class Inpainting(FromPicture):
         ]
 
 
-def find_mask(file, picture, opaque, mask=None):
-    """-> (h, w): 1 where to paint. mask: a picture, white there; else where the picture itself is
-    transparent or pure green.
+def find_mask(picture, opaque, mask=None):
+    """-> (h, w), 1 where to paint, and the picture. mask: a picture, white there; else where the
+    picture itself is transparent or pure green, and there it gets the colours around the hole.
     """
     height, width, _ = picture.shape
     if mask is not None:
-        grey = load_picture(mask, width, height)[0].mean(2)
-        return (grey > 0.5).astype(np.float32)
-    green = (picture == np.float32([0, 1, 0])).all(2)
-    if not green.any() and (opaque > 0.5).all():
-        raise ValueError(f"{file} has nothing transparent or pure green. Say where with a mask.")
-    return (green | (opaque < 0.5)).astype(np.float32)
+        return np.float32(load_picture(mask, width, height)[0].mean(2) > 0.5), picture
+    hole = np.float32((picture == np.float32([0, 1, 0])).all(2) | (opaque < 0.5))
+    known = (1 - hole)[..., None]
+    around = blur(picture * known, 16) / np.maximum(blur(known, 16), 1e-3)
+    return hole, picture * known + np.clip(around, 0, 1) * hole[..., None]
+
+
+def blur(x, radius):
+    """(h, w, c) -> the average over the square of that radius around each place."""
+    for axis in (0, 1):
+        n = x.shape[axis]
+        total = np.insert(np.cumsum(x, axis, dtype=np.float64), 0, 0, axis)
+        last, first = np.minimum(np.arange(n) + radius + 1, n), np.maximum(np.arange(n) - radius, 0)
+        x = (total.take(last, axis) - total.take(first, axis)) / (2 * radius + 1)
+    return np.float32(x)
 
 
 def inpaint(self, prompt, image, mask=None, strength=1.0, width=None, height=None, **options):
     """A sentence, a picture, and where to paint -> list of PIL pictures."""
     picture, opaque = load_picture(image, width, height)
-    mask = find_mask(image, picture, opaque, mask)
+    mask, picture = find_mask(picture, opaque, mask)
     return paint_with(self, prompt, Inpainting(self, picture, mask, strength), options)
 
 
@@ -1134,7 +1153,7 @@ def in_sigmas(step):
         sigmas, old = [*map(sigma_at, timesteps), 0.0], []
         y = x * math.hypot(1, sigmas[0])
         for i, t in enumerate(timesteps):
-            eps = eps_at(y / math.hypot(1, sigmas[i]), round(t))
+            eps = eps_at(y / math.hypot(1, sigmas[i]), t)
             y = step(y, eps, i, sigmas, draw, old)
             yield y / math.hypot(1, sigmas[i + 1])
 
@@ -1146,7 +1165,7 @@ def euler(y, eps, i, sigmas, draw, old):
 
 
 def euler_ancestral(y, eps, i, sigmas, draw, old):
-    """Go down further than asked and come back with new noise. (k-diffusion's get_ancestral_step)"""
+    """Go down further than asked, come back with new noise. (k-diffusion's get_ancestral_step)"""
     now, then = sigmas[i], sigmas[i + 1]
     up = then * math.sqrt(max(0, 1 - (then / now) ** 2))
     down = math.sqrt(then**2 - up**2)
@@ -1221,6 +1240,107 @@ SAMPLERS |= {
     "lcm": sample_lcm,
 }
 SPACINGS |= {"dpm++-karras": karras_timesteps, "lcm": lcm_timesteps}
+
+
+# %% 11. LoRA --------------------------------------------------------------------------------------
+# A LoRA changes a model's matrices by products of two thin ones [12]:
+#
+#     W + strength up @ down        up (o, r), down (r, c), with a rank r of 4 to 128
+#
+# So a style or a face is a file of some megabytes. The sum is made once, when the model is loaded;
+# painting takes no longer. A convolution's window counts as more of c; and some have a small one in
+# the middle, from r channels to r. convert_weights.py has put the file's own factor, alpha / r,
+# into up.
+
+
+def with_lora(weights, path, strength):
+    """{name: array} of a model -> the same with some of them changed, in float32."""
+    _, parts = read_flat(path, "lora")
+    changed = {}
+    for name in sorted({name.rpartition(".")[0] for name in parts}):
+        up, down, middle = (parts.get(f"{name}.{part}") for part in ("up", "down", "middle"))
+        weight = weights.get(f"{name}.weight")
+        up, down = up.astype(mx.float32), down.astype(mx.float32)
+        if middle is not None:  # (r, 3, 3, r), between them
+            down = (middle.reshape(-1, len(down)).astype(mx.float32) @ down).reshape(
+                len(middle), -1
+            )
+        change = up @ down.reshape(len(down), -1)
+        if weight is None or len(weight) != len(change) or weight.size != change.size:
+            raise ValueError(f"{path} is a LoRA for another model: {name} does not fit this one.")
+        change = strength * change.reshape(weight.shape)
+        changed[f"{name}.weight"] = weight.astype(mx.float32) + change
+    return weights | changed
+
+
+# %% 12. ControlNet --------------------------------------------------------------------------------
+# A second network that sees a picture, of edges, depth or a pose, beside x, and corrects the UNet
+# [13]: a copy of its way down and middle, trained further, whose results pass through 1 x 1 layers
+# (which began as zeros, so that at first nothing changed) and are added to what the UNet's way down
+# hands to the way up. Several can be added, each with a weight.
+#
+#   in   x, t, context as the UNet; a picture (1, 8h, 8w, 3) in [0, 1]
+#   out  13 corrections: of the 12 rows of the way down, and of the middle
+#
+# (lllyasviel's ControlNet, cldm/cldm.py)
+
+
+class ControlNet(UNet):
+    """path: a flat file. Raises ValueError."""
+
+    def __init__(self, path, dtype=mx.float32):
+        config, weights = read_flat(path, "controlnet")
+        numbers = config["unet"]
+        super().__init__(**numbers)
+        del self.up, self.norm_out, self.conv_out
+        self.pool = config["pool"]  # some, for the mood of a picture, correct all places alike
+        widths, strides = (3, 16, 16, 32, 32, 96, 96, 256, self.c1), (1, 1, 2, 1, 2, 1, 2, 1)
+        self.picture = [Conv(*cs, stride) for *cs, stride in zip(widths, widths[1:], strides)]
+        c1, c2, c3, c4 = numbers["widths"]
+        rows = c1, c1, c1, c1, c2, c2, c2, c3, c3, c3, c4, c4, c4
+        self.zero = [Linear(c, c) for c in rows]
+        fill(self, weights, "controlnet", dtype)
+
+    def look(self, picture):  # (1, 8h, 8w, 3) -> (1, h, w, c1)
+        for layer in self.picture[:-1]:
+            picture = silu(layer(picture))
+        return self.picture[-1](picture)
+
+    def __call__(self, x, t, context, seen):
+        time, kept = self.time(x, t), []
+        for row in self.down:
+            x = run(row, x, time, context)
+            if not kept:
+                x = x + seen.astype(x.dtype)
+            kept.append(x)
+        kept.append(run(self.middle, x, time, context))
+        out = [zero(y) for zero, y in zip(self.zero, kept)]
+        return [y.mean((1, 2), keepdims=True) for y in out] if self.pool else out
+
+
+class Controlled:
+    """Stands in the UNet's place. controls: (ControlNet, what it saw, weight) each."""
+
+    def __init__(self, unet, controls):
+        self.unet, self.controls = unet, controls
+        self.network = getattr(unet, "network", unet)
+
+    def __call__(self, x, t, context):
+        each = [[w * y for y in net(x, t, context, seen)] for net, seen, w in self.controls]
+        return self.unet(x, t, context, [sum(ys) for ys in zip(*each)])
+
+
+def controlled(self, *controls):
+    """controls: (ControlNet, picture (h, w, 3) in [0, 1], weight) each -> a StableDiffusion that
+    paints so. It shares its networks with this one.
+    """
+    other = copy.copy(self)
+    seen = [(net, net.look(mx.array(picture)[None]), w) for net, picture, w in controls]
+    other.unet = Controlled(self.unet, seen)
+    return other
+
+
+StableDiffusion.controlled = controlled
 
 
 # ================================================================================== III. Plumbing
@@ -1330,7 +1450,7 @@ RNGS = {
 }
 
 
-# %% 16. The same, faster ---------------------------------------------------------------------------
+# %% 16. The same, faster --------------------------------------------------------------------------
 # Functions that take the place of section 2's, with the same names, arguments and results up to
 # rounding (test_fast_functions_equal_the_plain_ones). On a GPU, MLX's fused attention and norm. On
 # a CPU, NumPy: MLX's Linux wheel (0.32.4) multiplies matrices there with plain loops, some 50 times
@@ -1848,14 +1968,14 @@ else:
 FORMAT = "sd.py 1"
 
 
-def read_flat(path):
+def read_flat(path, kind="model", loras=()):
     """-> (config, {name: array}) of a flat file, or ValueError saying what is wrong with it.
 
     The arrays are read from the disk only when they are first used.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"no model at {path}. Give a file made by convert_weights.py.")
+        raise ValueError(f"no {kind} at {path}. Give a file made by convert_weights.py.")
     try:
         # MLX trusts what the header says about sizes; safetensors checks it. So that goes first.
         with safe_open(path, framework="numpy") as file:
@@ -1870,13 +1990,22 @@ def read_flat(path):
         weights = mx.load(str(path), format="safetensors")
     except RuntimeError as error:
         raise ValueError(f"{path} can't be read: {error}.") from None
-    parts = {name.split(".")[0] for name in weights}
-    if parts != {"tokenizer", "text_encoder", "unet", "vae"} or "tokenizer.merges" not in weights:
-        raise ValueError(f"{path} has the parts {', '.join(sorted(parts))}. {AGAIN}")
     try:
-        return json.loads(metadata.get("config", "")), weights
-    except (ValueError, RecursionError) as error:
+        config = json.loads(metadata.get("config", ""))
+        is_a = config["kind"]
+    except (ValueError, RecursionError, TypeError, KeyError) as error:
         raise ValueError(f"{path} has a damaged config ({error}). {AGAIN}") from None
+    if is_a != kind:
+        raise ValueError(f"{path} is a {is_a}, and a {kind} is needed.")
+    parts = {name.split(".")[0] for name in weights}
+    if kind == "model" and (parts != PARTS or "tokenizer.merges" not in weights):
+        raise ValueError(f"{path} has the parts {', '.join(sorted(parts))}. {AGAIN}")
+    for lora, strength in loras:
+        weights = with_lora(weights, lora, strength)
+    return config, weights
+
+
+PARTS = {"tokenizer", "text_encoder", "unet", "vae"}
 
 
 def networks(config, path):
@@ -1992,10 +2121,26 @@ class OneByOne:
     def __call__(self, *arguments):
         out = []
         for i in range(len(arguments[0])):
-            one = (a[i : i + 1] if isinstance(a, mx.array) else a for a in arguments)
+            one = tree_map(lambda a, i=i: a[i : i + 1] if isinstance(a, mx.array) else a, arguments)
             out.append(self.network(*one))
             mx.eval(out)
         return mx.concatenate(out)
+
+
+class InTiles:
+    """A VAE that works on squares of the size it was trained on."""
+
+    def __init__(self, network, size):
+        self.network, self.size = network, size
+
+    def decode(self, x):
+        return in_tiles(self.network.decode, x, self.size, 1, 8)
+
+    def encode(self, pictures):
+        both = in_tiles(
+            lambda p: mx.concatenate(self.network.encode(p), -1), pictures, self.size, 8, 1
+        )
+        return mx.split(both, 2, axis=-1)
 
 
 class LowMemory(StableDiffusion):
@@ -2007,24 +2152,22 @@ class LowMemory(StableDiffusion):
 
     def read(self):
         self.text_encoder, self.unet = OneByOne(self.text_encoder), OneByOne(self.unet)
+        self.vae = InTiles(self.vae, self.config["size"] // 8)
 
     def let_go(self, name, network, dtype):
         """Forget a network's weights until it is called again."""
-        fill(network, read_flat(self.path)[1], name, dtype)
+        fill(network, read_flat(self.path, "model", self.loras)[1], name, dtype)
         mx.clear_cache()
 
     def guided(self, *arguments):
-        self.let_go("vae", self.vae, mx.float32)
+        self.let_go("vae", self.vae.network, mx.float32)
         eps_at = super().guided(*arguments)
         self.let_go("text_encoder", self.text_encoder.network, self.dtype)
         return eps_at
 
     def decode(self, x):
         self.let_go("unet", self.unet.network, self.dtype)
-        return in_tiles(super().decode, x, self.config["size"] // 8, 1, 8)
-
-    def encode(self, pictures):
-        return in_tiles(super().encode, mx.array(pictures), self.config["size"] // 8, 8, 1)
+        return super().decode(x)
 
 
 # %% 18. Command line ------------------------------------------------------------------------------
@@ -2119,10 +2262,12 @@ def check_output(path):
 def parameters(args, seed, width, height, images=1):
     """What makes the picture again, as other tools write it: the PNG's "parameters" text."""
     negative = f"\nNegative prompt: {args.negative_prompt}" if args.negative_prompt else ""
+    picture = f"Denoising strength: {args.strength}, Image: {args.image}, " if args.image else ""
+    picture += f"Mask: {args.mask}, " if args.mask else ""
     return (
         f"{args.prompt}{negative}\nSteps: {args.steps}, Sampler: {args.sampler.upper()}, "
         f"CFG scale: {args.cfg}, Seed: {seed}, Size: {width}x{height}, Model: {args.model.stem}, "
-        f"RNG: {args.rng}, dtype: {args.dtype}, Images: {images}, Version: sd.py"
+        f"RNG: {args.rng}, dtype: {args.dtype}, Images: {images}, {picture}Version: sd.py"
     )
 
 
@@ -2160,7 +2305,28 @@ def show_tokens(tokenizer, text):
     print(f"{count} of 75 tokens")
 
 
-def paint(sd, args):
+PROMPT = "a red house on the grass at sunset"
+
+
+def way_of(sd, args):
+    """-> how to go from noise to picture, as section 8 or 9 does; None: the usual way."""
+    if args.image is None:
+        for option in ("mask", "strength"):
+            if getattr(args, option) is not None:
+                raise ValueError(f"--{option} needs a picture, --image FILE.")
+        return None
+    picture, opaque = load_picture(args.image, args.width, args.height)
+    args.height, args.width, _ = picture.shape
+    mask, picture = find_mask(picture, opaque, args.mask)
+    if mask.any() or args.mask:
+        args.strength = 1.0 if args.strength is None else args.strength
+        print(f"painting {mask.mean():.0%} of {args.image.name}", file=sys.stderr)
+        return Inpainting(sd, picture, mask, args.strength)
+    args.strength = 0.75 if args.strength is None else args.strength
+    return FromPicture(sd, picture, args.strength)
+
+
+def paint(sd, args, way):
     """Run the generator, say after each step how long the rest will take, and save the pictures."""
     names = (
         "negative_prompt",
@@ -2174,14 +2340,18 @@ def paint(sd, args):
         "rng",
     )
     options = {name: getattr(args, name) for name in names}
+    steps = args.steps
+    if way:
+        options["variations"] = [way.vary]
+        steps = len(way.rest(range(steps)))
     end = "\r" if sys.stderr.isatty() else "\n"
     start, x = time.perf_counter(), None
     for i, x in enumerate(sd.generate_latents(args.prompt, **options), 1):
         pace = (time.perf_counter() - start) / i
-        left = pace * (args.steps - i)
-        line = f"step {i}/{args.steps}  {pace:.2f} s a step  {left:.0f} s left "
-        print(line, end=end if i < args.steps else "\n", file=sys.stderr, flush=True)
+        line = f"step {i}/{steps}  {pace:.2f} s a step  {pace * (steps - i):.0f} s left "
+        print(line, end=end if i < steps else "\n", file=sys.stderr, flush=True)
     pictures = sd.to_pictures(x)
+    pictures = way.finish(pictures) if way else pictures
     width, height = pictures[0].size
     if args.n_rows:
         text = parameters(args, args.seed, width, height, f"{len(pictures)} in {args.n_rows} rows")
@@ -2203,8 +2373,8 @@ def make_parser():
     )
     # fmt: off
     g = p.add_argument_group("what to paint")
-    g.add_argument("--prompt", default="a red house on the grass at sunset", metavar="TEXT",
-                   help='what should be in the picture (default: "%(default)s")')
+    g.add_argument("--prompt", metavar="TEXT",
+                   help=f'what to paint (default: "{PROMPT}"; nothing with --image)')
     g.add_argument("--negative-prompt", default="", metavar="TEXT",
                    help="what should not (default: nothing)")
     g.add_argument("--width", type=int, metavar="N",
@@ -2227,6 +2397,14 @@ def make_parser():
                    help="how to walk from noise to picture (default: plms)")
     g.add_argument("--rng", default="torch", choices=RNGS,
                    help="whose random numbers (default: torch)")
+    g = p.add_argument_group("from a picture")
+    g.add_argument("--image", type=Path, metavar="FILE",
+                   help="begin with this; if a part is transparent or pure green, paint only that")
+    g.add_argument("--strength", type=float, metavar="S",
+                   help="how much of the way from noise to walk: 0.3 touches up, 1 keeps next to "
+                        "nothing (default: 0.75, and 1 where only a part is painted)")
+    g.add_argument("--mask", type=Path, metavar="FILE",
+                   help="paint only where this picture is white")
     g = p.add_argument_group("with what, and where to")
     g.add_argument("--model", type=Path, default=TINY, metavar="FILE",
                    help="a flat file; or a checkpoint or diffusers folder, which is converted once "
@@ -2252,6 +2430,8 @@ def main(argv=None):
         if args.n_rows is not None and not 1 <= args.n_rows <= args.n_images:
             message = f"--n-rows {args.n_rows} can't be with {args.n_images} pictures."
             raise ValueError(f"{message} See --n-images.")
+        if args.prompt is None:
+            args.prompt = "" if args.image else PROMPT
         if not args.show_tokens:
             check_output(args.output)
         model = LowMemory if args.low_memory else StableDiffusion
@@ -2260,10 +2440,11 @@ def main(argv=None):
         args.cfg = sd.config["cfg"] if args.cfg is None else args.cfg
         if args.show_tokens:
             return show_tokens(sd.tokenizer, args.prompt)
+        way = way_of(sd, args)
         for option, text in (("prompt", args.prompt), ("negative prompt", args.negative_prompt)):
             if unread := sd.tokenizer.unread(text):
                 print(f'sd.py: the {option} is too long. Not read: "{unread}"', file=sys.stderr)
-        paint(sd, args)
+        paint(sd, args, way)
     except (ValueError, OSError) as error:
         stop(error)
     except MemoryError:

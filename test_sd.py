@@ -35,7 +35,14 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    LMSDiscreteScheduler,
     PNDMScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
@@ -650,6 +657,56 @@ def test_v_prediction_is_that_of_diffusers(steps):
     assert_close(ours, truth[-1], 1e-12)
 
 
+LEADING = {
+    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "timestep_spacing": "leading", "steps_offset": 1,
+}  # fmt: skip
+DPM = LEADING | {"algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"}
+MORE_SAMPLERS = {
+    "euler": lambda: EulerDiscreteScheduler(**LEADING),
+    "euler-a": lambda: EulerAncestralDiscreteScheduler(**LEADING),
+    "lms": lambda: LMSDiscreteScheduler(**LEADING),
+    "dpm++": lambda: DPMSolverMultistepScheduler(**DPM),
+    "dpm++-karras": lambda: DPMSolverMultistepScheduler(**DPM, use_karras_sigmas=True),
+    "lcm": lambda: LCMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # NumPy's, about PyTorch's arrays
+@pytest.mark.parametrize("steps", [1, 2, 3, 8, 20, 50, 999])
+@pytest.mark.parametrize("name", MORE_SAMPLERS)
+def test_more_samplers_are_those_of_diffusers(name, steps):
+    """diffusers keeps its sigmas in float32; so the error, summed over the steps."""
+    if name == "lcm" and steps > 50:
+        with pytest.raises(ValueError, match="at most 50"):
+            sd.lcm_timesteps(steps)
+        return
+    timesteps = sd.SPACINGS.get(name, sd.make_timesteps)(steps)
+    theirs = MORE_SAMPLERS[name]()
+    if name == "dpm++":  # diffusers' own spacing has no step at the end: 951 ... 20 for 50
+        theirs.set_timesteps(timesteps=timesteps)
+    else:
+        theirs.set_timesteps(steps)
+    assert [round(t) for t in timesteps] == [round(float(t)) for t in theirs.timesteps]
+
+    def dice():
+        generator = torch.Generator().manual_seed(5)
+        return lambda: torch.randn(1, 4, 8, 8, dtype=torch.float64, generator=generator)
+
+    x = torch.randn(1, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    truth, generator = x * theirs.init_noise_sigma, torch.Generator().manual_seed(5)
+    for t in theirs.timesteps:
+        eps = curved(theirs.scale_model_input(truth, t), float(t))
+        more = {} if name == "lms" else {"generator": generator}
+        truth = theirs.step(eps, t, truth, **more).prev_sample
+    told = lambda x, t: curved(x, round(t))  # as the UNet is
+    ours = list(sd.SAMPLERS[name](told, x, timesteps, dice()))
+    assert len(ours) == steps
+    assert_close(ours[-1], truth, 1e-5)
+
+
 def test_every_adams_bashforth_row_sums_to_one():
     for row in sd.ADAMS_BASHFORTH:
         assert sum(row) == pytest.approx(1, abs=1e-15)
@@ -660,10 +717,24 @@ def test_every_adams_bashforth_row_sums_to_one():
 def test_exact_noise_gives_back_the_picture_in_any_number_of_steps(name, steps):
     rng = np.random.default_rng(0)
     x0, eps = rng.standard_normal((2, 1, 8, 8, 4))
-    t = sd.make_timesteps(steps)[0]
-    x = math.sqrt(sd.ABAR[t]) * x0 + math.sqrt(1 - sd.ABAR[t]) * eps
-    *_, last = sd.SAMPLERS[name](lambda x, t: eps, x, sd.make_timesteps(steps))
-    assert_close(last, math.sqrt(sd.ABAR[0]) * x0 + math.sqrt(1 - sd.ABAR[0]) * eps, 1e-10)
+    if steps > 50 and name == "lcm":
+        return
+    timesteps = sd.SPACINGS.get(name, sd.make_timesteps)(steps)
+    x, noise = sd.spoil(x0, eps, timesteps[0]), [eps]
+
+    def draw():
+        noise.append(rng.standard_normal(x.shape))
+        return noise[-1]
+
+    def exact(x, t):  # of which the noise changes under way for euler-a and lcm
+        abar = sd.abar_at(t)
+        return (x - math.sqrt(abar) * x0) / math.sqrt(1 - abar)
+
+    *_, last = sd.SAMPLERS[name](exact, x, timesteps, draw)
+    if name in ("plms", "ddim"):
+        assert_close(last, math.sqrt(sd.ABAR[0]) * x0 + math.sqrt(1 - sd.ABAR[0]) * eps, 1e-9)
+    else:
+        assert_close(last, x0, 1e-9 if name != "lcm" else 0.01)  # lcm keeps a little of x
 
 
 # %% 7. Text to image ------------------------------------------------------------------------------
@@ -871,24 +942,222 @@ def test_a_file_that_is_no_flat_file_is_refused_before_mlx_reads_it(content, tmp
         sd.StableDiffusion(path)
 
 
-# %% 8. Random numbers -----------------------------------------------------------------------------
+# %% 8. From a picture -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """A picture of the miniature's world, 128 x 128."""
+    return train.draw(7)[0]
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.75, 1.0])
+def test_image_to_image_is_that_of_diffusers(tiny, tiny_pipeline, drawn, strength):
+    """DDIM: with others diffusers puts in the noise of another timestep (conventions differ)."""
+    theirs = StableDiffusionImg2ImgPipeline(
+        **{**tiny_pipeline.components, "scheduler": scheduler(DDIMScheduler)},
+        requires_safety_checker=False,
+    )
+    truth = theirs(
+        "a blue house at night", image=drawn, strength=strength, num_inference_steps=20,
+        guidance_scale=3, generator=torch.Generator().manual_seed(9), output_type="np",
+    ).images  # fmt: skip
+    picture, _ = sd.load_picture(drawn)
+    way = sd.FromPicture(tiny, picture, strength)
+    xs = list(
+        tiny.generate_latents(
+            "a blue house at night", steps=20, cfg=3, seed=9, sampler="ddim", variations=[way.vary]
+        )
+    )
+    assert len(xs) == int(20 * strength)
+    assert np.abs(np.array(tiny.decode(xs[-1])) - truth).max() <= 1e-3
+
+
+@pytest.mark.parametrize("name", sd.SAMPLERS)
+@pytest.mark.parametrize("strength", [0.3, 1])
+def test_every_sampler_begins_with_the_noise_of_its_first_timestep(tiny, drawn, name, strength):
+    """With the exact eps the picture comes back; so x was spoiled for the t that is asked first."""
+    picture, _ = sd.load_picture(drawn)
+    way = sd.FromPicture(tiny, picture, strength)
+    rng = np.random.default_rng(1)
+    draw = lambda: mx.array(rng.standard_normal((1, 16, 16, 4), np.float32))
+    first = draw()
+    x0 = np.array(tiny.encode(way.picture, first))
+    timesteps = sd.SPACINGS.get(name, sd.make_timesteps)(10)
+    asked = []
+
+    def exact(x, t):
+        asked.append(t)
+        abar = sd.abar_at(t)
+        return (x - math.sqrt(abar) * x0) / math.sqrt(1 - abar)
+
+    xs = list(way.vary(sd.SAMPLERS[name])(exact, first, timesteps, draw))
+    assert len(xs) == int(10 * strength) and asked[0] == timesteps[-len(xs)]
+    assert_close(xs[-1], x0, 0.05)  # plms and ddim leave noise of 0.03 in
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "1", "I;16", "I", "F", "CMYK"])
+def test_pictures_of_every_kind_are_read(mode, tmp_path):
+    grey = np.tile(np.linspace(0, 255, 128).round().astype(np.uint8), (64, 1))
+    if mode in ("I;16", "I"):
+        picture = Image.fromarray(grey.astype(np.uint16) * 257)
+        picture = picture if mode == "I;16" else picture.convert("I")
+    elif mode == "F":
+        picture = Image.fromarray(grey.astype(np.float32))
+    else:
+        picture = Image.fromarray(grey).convert("RGB").convert(mode)
+    if mode in ("I", "F", "CMYK"):
+        picture.save(tmp_path / "a.tif")
+    else:
+        picture.save(tmp_path / "a.png")
+    pixels, opaque = sd.load_picture(next(tmp_path.iterdir()))
+    assert pixels.shape == (64, 128, 3) and pixels.dtype == np.float32 and opaque.min() == 1
+    if mode not in ("1", "P"):
+        assert np.abs(pixels - grey[..., None] / 255).max() < 0.01
+    assert pixels[:, 0].mean() < 0.1 and pixels[:, -1].mean() > 0.9
+
+
+def test_a_photo_is_turned_and_resized_with_a_message(tmp_path, capsys):
+    picture = Image.new("RGB", (100, 140), "white")
+    picture.paste("red", (0, 0, 100, 20))
+    exif = Image.Exif()
+    exif[0x112] = 6  # to be turned right by a quarter
+    picture.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    pixels, _ = sd.load_picture(tmp_path / "a.jpg")
+    assert pixels.shape == (128, 128, 3) and "140 x 100" in capsys.readouterr().err
+    assert pixels[:, -5:, 1].mean() < 0.1 and pixels[:, :-30, 1].mean() > 0.9
+
+
+# %% 9. Inpainting ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hole():
+    mask = np.zeros((128, 128), np.float32)
+    mask[40:104, 32:96] = 1
+    return mask
+
+
+@pytest.mark.parametrize("strength", [0.5, 0.95])
+def test_inpainting_is_that_of_diffusers(tiny, tiny_pipeline, drawn, hole, strength):
+    theirs = StableDiffusionInpaintPipeline(
+        **{**tiny_pipeline.components, "scheduler": scheduler(DDIMScheduler)},
+        requires_safety_checker=False,
+    )
+    truth = theirs(
+        "a green tree", image=drawn, mask_image=Image.fromarray((hole * 255).astype(np.uint8)),
+        strength=strength, num_inference_steps=20, guidance_scale=3, width=128, height=128,
+        generator=torch.Generator().manual_seed(9), output_type="latent",
+    ).images  # fmt: skip
+    picture, _ = sd.load_picture(drawn)
+    way = sd.Inpainting(tiny, picture, hole, strength)
+    *_, x = tiny.generate_latents(
+        "a green tree", steps=20, cfg=3, seed=9, sampler="ddim", variations=[way.vary]
+    )
+    assert_close(nchw(x), truth, 1e-4)
+
+
+@pytest.mark.parametrize("name", sd.SAMPLERS)
+def test_every_sampler_keeps_what_is_known(tiny, drawn, hole, name):
+    """After each step: the known latents with the noise that was drawn first, to the digit."""
+    picture, _ = sd.load_picture(drawn)
+    way = sd.Inpainting(tiny, picture, hole, 0.8)
+    rng = np.random.default_rng(1)
+    drawn_noise = []
+
+    def draw():
+        drawn_noise.append(mx.array(rng.standard_normal((1, 16, 16, 4), np.float32)))
+        return drawn_noise[-1]
+
+    first = draw()
+    x0 = tiny.encode(way.picture, first)
+    timesteps = sd.SPACINGS.get(name, sd.make_timesteps)(10)
+    walk = way.vary(sd.SAMPLERS[name])(lambda x, t: 0.3 * x, first, timesteps, draw)
+    xs = list(walk)
+    known = np.array(way.small)[0, :, :, 0] == 0
+    assert known.sum() == 256 - 64
+    if name not in ("euler-a", "lcm"):  # which bring new noise of their own
+        for x, t in zip(xs[:-1], timesteps[-len(xs) + 1 :]):
+            truth = np.array(sd.spoil(x0, drawn_noise[1], t))
+            assert_close(np.array(x)[:, known], truth[:, known], 1e-4)
+    assert np.array_equal(np.array(xs[-1])[:, known], np.array(x0)[:, known])
+
+
+def test_what_was_not_to_be_painted_does_not_change(tiny, drawn, hole):
+    picture = Image.fromarray(np.asarray(drawn))
+    options = {"seed": 1, "steps": 6}
+    mask = Image.fromarray((hole * 255).astype(np.uint8))
+    before, after = (
+        np.asarray(p, int) for p in (drawn, *tiny.inpaint("", picture, mask, **options))
+    )
+    near = sd.blur(hole[..., None], 4)[..., 0] > 0
+    assert np.array_equal(before[~near], after[~near]) and near.mean() < 0.4
+    assert np.abs(before - after)[hole > 0].mean() > 5
+    # The same hole, said in two other ways, with nothing of what was in it.
+    green, clear = np.asarray(drawn).copy(), np.dstack([drawn, 255 * (1 - hole)]).astype(np.uint8)
+    green[hole > 0] = 0, 255, 0
+    for cut in (Image.fromarray(green), Image.fromarray(clear)):
+        (again,) = tiny.inpaint("", cut, **options)
+        again = np.asarray(again, int)
+        assert np.array_equal(before[~near], again[~near])
+        r, g, b = again[hole > 0].T
+        assert (g - r - b).max() < 200  # no green is left
+    with pytest.raises(ValueError, match="nothing is to be painted"):
+        tiny.inpaint("", picture)
+
+
+# %% 15. Random numbers ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [*range(1, 18), 31, 33, 100, 1023, 16384, 16389])
 @pytest.mark.parametrize("seed", [0, 42, 2**32 - 1, 2**32 + 7, -3])
 def test_noise_is_torchs(n, seed):
-    truth = torch.randn(n, generator=torch.Generator().manual_seed(seed)).numpy()
-    assert (
-        np.abs(sd.torch_randn(seed, (n,)) - truth).max() < 1e-6
-    )  # torch's own log is an approximation
+    """And what comes after it."""
+    generator, draw = torch.Generator().manual_seed(seed), sd.RNGS["torch"](seed)
+    for shape in ((n,), (n,), (1, 4, 3, 5), (3,)):
+        truth = torch.randn(shape, generator=generator).numpy()
+        noise = draw(shape)
+        assert noise.shape == truth.shape
+        assert np.abs(noise - truth).max() < 1e-6  # torch's own log is an approximation
 
 
-def test_noise_has_torchs_shape():
-    truth = torch.randn(1, 4, 24, 40, generator=torch.Generator().manual_seed(7)).numpy()
-    assert np.abs(sd.torch_randn(7, (1, 4, 24, 40)) - truth).max() < 1e-6
+def test_noise_is_numpys():
+    truth, draw = np.random.RandomState(5), sd.RNGS["numpy"](5)
+    for shape in ((1, 4, 8, 8), (3,)):
+        assert np.array_equal(draw(shape), truth.standard_normal(shape).astype(np.float32))
 
 
-# %% 9. The same, faster ---------------------------------------------------------------------------
+def test_philox_is_the_papers_and_its_noise_that_of_a_gpu():
+    """The first three: known answers published with Random123. The last: torch on a GPU, seed 0."""
+    for counter, key, answer in (
+        ([0] * 4, 0, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ([2**32 - 1] * 4, 2**64 - 1, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            0x299F31D0A4093822,
+            "d16cfe09 94fdcceb 5001e420 24126ea1",
+        ),
+    ):
+        words = sd.philox(np.array(counter, np.uint32)[:, None], key)[:, 0]
+        assert " ".join(f"{word:08x}" for word in words) == answer
+    draw = sd.RNGS["philox"](0)
+    assert_close(draw((5,)), [-0.92466259, -0.42534415, -2.64384580, 0.14518388, -0.12086647], 1e-6)
+    assert abs(draw((5,))[0] + 0.92466259) > 1e-3  # the second call is another
+
+
+@pytest.mark.parametrize("name", sd.RNGS)
+def test_noise_is_normal_and_another_for_each_seed_and_call(name):
+    draw = sd.RNGS[name](1)
+    a, b, c = draw((1, 4, 64, 64)), draw((1, 4, 64, 64)), sd.RNGS[name](2)((1, 4, 64, 64))
+    for x in (a, b, c):
+        assert x.dtype == np.float32 and abs(x.mean()) < 0.03 and abs(x.std() - 1) < 0.03
+    for x, y in ((a, b), (a, c)):
+        assert abs((x * y).mean()) < 0.03
+    assert np.array_equal(a, sd.RNGS[name](1)((1, 4, 64, 64)))
+    sd.RNGS[name](-1)((4,)), sd.RNGS[name](2**70)((4,))
+
+
+# %% 16. The same, faster --------------------------------------------------------------------------
 
 
 def kernel_cases():
@@ -1054,7 +1323,7 @@ def test_the_unet_as_one_graph_is_the_unet(tiny, kernels, monkeypatch):
         assert_close(graph(x, t, context), tiny.unet(x, t, context), 1e-5)
 
 
-# %% 10. Files, and less memory --------------------------------------------------------------------
+# %% 17. Files, and less memory --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -1085,7 +1354,7 @@ def test_low_memory_keeps_one_network_in_memory():
     before = mx.get_active_memory()
     model = sd.LowMemory()
     text, unet = size(model.text_encoder.network), size(model.unet.network)
-    decoder = size(model.vae, "decoder", "post_quant")
+    decoder = size(model.vae.network, "decoder", "post_quant")
     little = 2**20  # latents, the context
     assert min(text, unet, decoder) > little
     assert mx.get_active_memory() - before < little
@@ -1128,7 +1397,7 @@ def test_tiles_of_the_vae_leave_no_seam(tiny, frugal):
     assert 0 < np.abs(latents - truth).mean() < 0.1 * np.abs(truth).mean()
 
 
-# %% 11. Command line ------------------------------------------------------------------------------
+# %% 18. Command line ------------------------------------------------------------------------------
 
 
 def cli(*args, cwd=None, script="sd.py"):
@@ -1204,6 +1473,9 @@ def test_several_pictures_come_as_files_or_as_one_grid(tmp_path):
     assert np.array_equal(np.asarray(sheet.crop((0, 128, 128, 256))), np.asarray(files[2]))
 
 
+RED_HOUSE = str(HERE / "tiny" / "red-house.png")
+
+
 @pytest.mark.parametrize(
     "options, says",
     [
@@ -1230,6 +1502,14 @@ def test_several_pictures_come_as_files_or_as_one_grid(tmp_path):
         (["--output", "x" * 300 + "/a.png"], ["xxx"]),
         (["--width", "6400000", "--height", "6400000"], ["memory"]),
         (["--nonsense"], ["--nonsense"]),
+        (["--image", "nowhere.png"], ["nowhere.png"]),
+        (["--image", str(HERE / "sd.py")], ["sd.py"]),
+        (["--image", RED_HOUSE, "--strength", "0"], ["0", "at most 1"]),
+        (["--image", RED_HOUSE, "--strength", "nan"], ["nan"]),
+        (["--image", RED_HOUSE, "--strength", "0.01"], ["0.01", "steps"]),
+        (["--image", RED_HOUSE, "--width", "100"], ["100", "64 or 128"]),
+        (["--mask", "a.png"], ["--mask", "--image"]),
+        (["--strength", "0.5"], ["--strength", "--image"]),
         (["--seed", "1.5"], ["1.5"]),
     ],
 )  # fmt: skip
@@ -1239,6 +1519,23 @@ def test_wrong_input_gets_one_message_and_status_2(options, says, tmp_path):
     assert "Traceback" not in result.stderr and "sd.py: " in result.stderr
     assert all(text in result.stderr for text in says), result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_can_be_begun_with_and_painted_into(tmp_path, hole):
+    start = tmp_path / "start.png"
+    assert cli("--steps", 2, "--output", start).returncode == 0
+    done = cli("--image", start, "--steps", 8, "--strength", 0.5, "--output", tmp_path / "b.png")
+    assert done.returncode == 0 and "step 4/4" in done.stderr
+    text = Image.open(tmp_path / "b.png").text["parameters"]
+    assert "Denoising strength: 0.5" in text and str(start) in text and text.startswith("\nSteps")
+    Image.fromarray((hole * 255).astype(np.uint8)).save(tmp_path / "mask.png")
+    mask = ("--mask", tmp_path / "mask.png", "--steps", 2)
+    done = cli("--image", start, *mask, "--output", tmp_path / "c.png")
+    assert done.returncode == 0 and "painting 25% of start.png" in done.stderr
+    a, c = (
+        np.asarray(Image.open(tmp_path / name).convert("RGB")) for name in ("start.png", "c.png")
+    )
+    assert np.array_equal(a[:30], c[:30]) and not np.array_equal(a, c)
 
 
 def test_a_checkpoint_is_converted_once_and_again_when_it_changed(tmp_path, monkeypatch):
