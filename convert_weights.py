@@ -17,14 +17,16 @@ Nothing in a checkpoint is believed. A .ckpt is a pickle, a little program that 
 at all; section 2 steps through it without ever calling anything. A tensor is read only if sd.py
 needs it and its shape is the expected one. Whatever goes wrong ends in one sentence and no file.
 
-     1 Tensors in their files     4 safetensors          7 What sd.py needs     10 Convert
-     2 Pickles, not executed      5 diffusers folders    8 Numbers              11 Command line
-     3 PyTorch's two formats      6 Which model is it?   9 Writing
+     1 Tensors in their files     5 diffusers folders     9 Writing
+     2 Pickles, not executed      6 Which model is it?   10 ControlNets and LoRAs
+     3 PyTorch's two formats      7 What sd.py needs     11 Convert
+     4 safetensors                8 Numbers              12 Command line
 """
 
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -112,6 +114,7 @@ class Source:
     told_by: str = ""  # who told those numbers
     mentions: set = field(default_factory=set)  # things a pickle wanted imported
     merges: Path = MERGES
+    metadata: dict = field(default_factory=dict)  # text, from a safetensors header
 
 
 def shown(text, most=80):
@@ -508,7 +511,7 @@ def read_safetensors(path):
         reached = end
     if data + reached != size:
         raise Unfit(f"its header describes {data + reached} bytes, it has {size}")
-    return Source(path, tensors)
+    return Source(path, tensors, metadata=metadata)
 
 
 def no_duplicates(pairs):
@@ -583,6 +586,7 @@ PARTS = {  # folder -> what its weights are called, in the two formats
     "unet": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
     "vae": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
     "text_encoder": ("model.safetensors", "pytorch_model.bin"),
+    "controlnet": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
 }
 PIPELINES = re.compile("StableDiffusion(Img2Img|Inpaint|ControlNet)?Pipeline(Legacy|Safe)?")
 MUST_BE = {
@@ -614,6 +618,18 @@ MUST_BE = {
         "latents_std": None,
     },
     "text_encoder": {"model_type": "clip_text_model", "layer_norm_eps": 1e-5},
+    "controlnet": {
+        "_class_name": "ControlNetModel", "in_channels": 4, "conditioning_channels": 3,
+        "layers_per_block": 2, "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+        "only_cross_attention": False, "act_fn": "silu", "norm_eps": 1e-5,
+        "mid_block_scale_factor": 1, "downsample_padding": 1, "flip_sin_to_cos": True,
+        "freq_shift": 0, "transformer_layers_per_block": 1, "encoder_hid_dim": None,
+        "class_embed_type": None, "num_class_embeds": None, "addition_embed_type": None,
+        "resnet_time_scale_shift": "default", "num_attention_heads": None,
+        "controlnet_conditioning_channel_order": "rgb",
+        "conditioning_embedding_out_channels": [16, 32, 96, 256],
+    },
     "scheduler": {
         "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
         "num_train_timesteps": 1000, "trained_betas": None, "rescale_betas_zero_snr": False,
@@ -622,6 +638,7 @@ MUST_BE = {
 NUMBERS_IN = {  # section 8's number: the field that holds it, and its default
     # Subtle: attention_head_dim is the number of heads. The wrong name stuck.
     "unet": {"heads": ("attention_head_dim", 8), "groups": ("norm_num_groups", 32)},
+    "controlnet": {"heads": ("attention_head_dim", 8), "groups": ("norm_num_groups", 32)},
     "vae": {"groups": ("norm_num_groups", 32), "scale": ("scaling_factor", 0.18215)},
     "text_encoder": {
         "layers": ("num_hidden_layers", 12), "heads": ("num_attention_heads", 8),
@@ -677,9 +694,9 @@ def add_part(source, folder, part):
     config = read_json(folder / "config.json")
     check_fields(part, config, folder / "config.json")
     numbers = {key: config.get(*field) for key, field in NUMBERS_IN[part].items()}
-    if part == "unet" and type(numbers["heads"]) is int:
+    if type(numbers.get("heads")) is int and part != "text_encoder":
         numbers["heads"] = [numbers["heads"]] * 4
-    source.numbers[part.removesuffix("_encoder")] = numbers
+    source.numbers[{"text_encoder": "text", "controlnet": "unet"}.get(part, part)] = numbers
     if part == "unet" and type(config.get("sample_size")) is int:
         source.numbers["size"] = 8 * config["sample_size"]
     for file in part_files(folder, part):
@@ -759,6 +776,12 @@ PLACES = {  # part: prefix, layout, the name that is always there
         ("", ORIGINAL, VAE_MARKS[0]),
         ("", DIFFUSERS, VAE_MARKS[1]),
     ),
+    "controlnet": (
+        ("control_model.", ORIGINAL, "zero_convs.0.0.weight"),
+        ("", ORIGINAL, "zero_convs.0.0.weight"),
+        ("controlnet/", DIFFUSERS, "controlnet_down_blocks.0.weight"),
+        ("", DIFFUSERS, "controlnet_down_blocks.0.weight"),
+    ),
     "text": (
         ("cond_stage_model.transformer.text_model.", DIFFUSERS, CLIP_MARK),
         ("cond_stage_model.transformer.", DIFFUSERS, CLIP_MARK),
@@ -776,11 +799,11 @@ OTHER_MODELS = (  # what it is, and a name that only it has
     ("the x4 upscaler", r"low_scale_model\.|model\.diffusion_model\.label_emb\.weight$"),
     ("unCLIP", r"embedder\.|noise_augmentor\.|model\.diffusion_model\.label_emb\."),
     ("depth-to-image", r"depth_model\."),
-    ("a ControlNet", r"(control_model\.|lora_controlnet|controlnet_|zero_convs\.|difference$)"),
+    ("a ControlNet in a form that is not known here", r"lora_controlnet$|difference$"),
 )
 CHANNELS = {5: "depth-to-image", 7: "the x4 upscaler", 8: "instruct-pix2pix", 9: "inpainting"}
 NO_MODELS = (  # files without a UNet
-    ("a LoRA", r"lora_|(text_encoder|unet):\d|.*[._](lora|lora_\w+|hada_\w+|lokr_\w+)(\.|$)"),
+    ("a LoRA without names", r"(text_encoder|unet):\d"),
     ("a textual inversion", r"(emb_params|clip_l|clip_g)$"),
     ("a safety checker", r"(.*\.)?concept_embeds$"),
     ("a UNet alone, cut out of a diffusers folder", r"(unet\.)?down_blocks\."),
@@ -861,6 +884,7 @@ class Want(NamedTuple):
     shape: tuple  # (out, in, kh, kw); a 1x1 convolution is (out, in)
     names: tuple  # in the source, the likeliest first
     third: int | None = None  # of a tensor that holds q, k and v in one
+    factor: float = 1.0  # to multiply it by
 
 
 class Table:
@@ -908,8 +932,9 @@ def residual(add, originals, c_in, c_out, time=None):
         add("shortcut", skip, "conv_shortcut", (c_out, c_in))
 
 
-def unet_table(part, widths, context):
-    table, time = Table("unet", part), 4 * widths[0]
+def way_down(table, widths, context, channels):
+    """time1 ... middle, which a ControlNet has too. -> row, for more; the channels of each row"""
+    time = 4 * widths[0]
 
     def row(flat, old, new, k, c_in, c_out, attends):
         add = table.inside(f"{flat}.0", f"{old}.0", f"{new}.resnets.{k}")
@@ -920,7 +945,7 @@ def unet_table(part, widths, context):
 
     table.add("time1", "time_embed.0", "time_embedding.linear_1", (time, widths[0]))
     table.add("time2", "time_embed.2", "time_embedding.linear_2", (time, time))
-    table.add("down.0.0", "input_blocks.0.0", "conv_in", (widths[0], 4, 3, 3))
+    table.add("down.0.0", "input_blocks.0.0", "conv_in", (widths[0], channels, 3, 3))
     c, kept = widths[0], [widths[0]]  # kept: what each row hands over to the way up
     for level, width in enumerate(widths):
         n, new = 3 * level + 1, f"down_blocks.{level}"
@@ -935,6 +960,12 @@ def unet_table(part, widths, context):
     row("middle", "middle_block", "mid_block", 0, c, c, True)
     add = table.inside("middle.2", "middle_block.2", "mid_block.resnets.1")
     residual(add, UNET_LAYERS, c, c, time)
+    return row, kept
+
+
+def unet_table(part, widths, context, channels=4):
+    table, c = Table("unet", part), widths[-1]
+    row, kept = way_down(table, widths, context, channels)
     for level, width in enumerate(reversed(widths)):
         n, new = 3 * level, f"up_blocks.{level}"
         for k in range(3):
@@ -947,6 +978,21 @@ def unet_table(part, widths, context):
             add("conv", "conv", "upsamplers.0.conv", (c, c, 3, 3))
     table.add("norm_out", "out.0", "conv_norm_out", (c,))
     table.add("conv_out", "out.2", "conv_out", (4, c, 3, 3))
+    return table.wants
+
+
+def controlnet_table(part, widths, context):
+    table = Table("controlnet", part)
+    _, kept = way_down(table, widths, context, 4)
+    sees = (3, 16, 16, 32, 32, 96, 96, 256, widths[0])
+    new = ["conv_in", *(f"blocks.{i}" for i in range(6)), "conv_out"]
+    for i, (c_in, c_out) in enumerate(itertools.pairwise(sees)):
+        names = f"input_hint_block.{2 * i}", f"controlnet_cond_embedding.{new[i]}"
+        table.add(f"picture.{i}", *names, (c_out, c_in, 3, 3))
+    for i, c in enumerate(kept):
+        table.add(f"zero.{i}", f"zero_convs.{i}.0", f"controlnet_down_blocks.{i}", (c, c))
+    names = "middle_block_out.0", "controlnet_mid_block"
+    table.add(f"zero.{len(kept)}", *names, (widths[-1], widths[-1]))
     return table.wants
 
 
@@ -1263,7 +1309,8 @@ def header(found, dtype, merges, metadata):
     shapes = [(want.flat, DTYPES[dtype], flat_shape(want.shape)) for want, _, _ in found]
     # The bytes of the merges come last: nothing after them has to be aligned.
     entries, reached = {"__metadata__": metadata}, 0
-    for name, code, shape in [*shapes, ("tokenizer.merges", "U8", (len(merges),))]:
+    last = [("tokenizer.merges", "U8", (len(merges),))] if merges else []
+    for name, code, shape in shapes + last:
         end = reached + math.prod(shape) * itemsize(code)
         entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": [reached, end]}
         reached = end
@@ -1273,7 +1320,7 @@ def header(found, dtype, merges, metadata):
 
 
 def flat_array(want, tensor, dtype):
-    array = tensor.float32().reshape(want.shape)
+    array = tensor.float32().reshape(want.shape) * np.float32(want.factor)
     if array.ndim == 4:
         array = array.transpose(0, 2, 3, 1)
     # Not a formality: transpose() only renames the axes, and the bytes are what is written.
@@ -1327,7 +1374,177 @@ def write(output, found, dtype, merges, metadata):
         raise
 
 
-# %% 10. Convert ------------------------------------------------------------------------------
+# %% 10. ControlNets and LoRAs ----------------------------------------------------------------
+# Flat files of their own. A ControlNet is a part like the UNet, with a table. A LoRA holds two thin
+# matrices for each layer it changes, and spells the layer's name in one of several ways, with dots,
+# or with underscores for the dots, which cannot be undone: to_out_0 may be to_out.0 or to.out.0. So
+# the way forth is computed instead, for every layer there is, in both layouts.
+
+ENDS = {  # how the names of the parts of a pair end, and what they are
+    "up": r"\.lora_up|\.lora\.up|\.lora_B(\.default)?|_lora\.up|\.lora_linear_layer\.up",
+    "down": r"\.lora_down|\.lora\.down|\.lora_A(\.default)?|_lora\.down|\.lora_linear_layer\.down",
+    "middle": r"\.lora_mid",
+}
+ENDS = {part: re.compile(rf"(.+?)({end})\.weight") for part, end in ENDS.items()}
+LORA_MARK = re.compile(r"(lora_(unet|te\d?)_|.*[._]lora[._])")
+STARTS = re.compile(r"(base_model\.model\.)?(lora_unet_|lora_te1?_|unet\.|text_encoder\.)?")
+OTHER_LORAS = (
+    ("a LoHa", r".*\.hada_"), ("a LoKr", r".*\.lokr_"), ("a DoRA", r".*\.(dora_scale|lora_magn)"),
+    ("an (IA)3", r".*\.on_input"), ("OFT", r".*\.oft_"), ("a LoRA of SDXL", r"lora_te2_"),
+    ("a full difference, no LoRA", r".*\.(diff|diff_b)$"), ("GLoRA", r".*\.[ab][12]\.weight$"),
+)  # fmt: skip
+
+
+def layer_names():
+    """{a layer's name in a LoRA, dots for underscores: its name in sd.py}"""
+    names = {}
+    for layout in (ORIGINAL, DIFFUSERS):
+        part = Part({}, "", layout)  # widths that all differ, so that every shortcut is there
+        wants = unet_table(part, (1, 2, 3, 4), 5)
+        wants += text_table(part, 1, 1, 23) if layout == DIFFUSERS else []
+        for want in wants:
+            for name in want.names:
+                layer = name.removesuffix(".weight")
+                if layer != name and len(want.shape) > 1:
+                    names[layer.replace(".", "_")] = want.flat.removesuffix(".weight")
+    return names
+
+
+def find_lora(source):
+    """-> [(want, name, tensor)] of a LoRA, its factors put into up; all its tensors must fit."""
+    for what, pattern in OTHER_LORAS:
+        if any(re.match(pattern, name) for name in source.tensors):
+            raise Unfit(f"it is {what}, which sd.py does not know. A plain LoRA or LoCon will do")
+    known, layers, unknown = layer_names(), {}, []
+    for name, tensor in source.tensors.items():
+        for part, pattern in ENDS.items():
+            if match := pattern.fullmatch(name):
+                layer = lora_layer(match[1] + "_lora" * match[2].startswith("_lora"))
+                layers.setdefault(layer, {})[part] = name, tensor
+                break
+        else:
+            if name.endswith(".alpha"):
+                layers.setdefault(lora_layer(name.removesuffix(".alpha")), {})["alpha"] = (
+                    name,
+                    tensor,
+                )
+            else:
+                unknown.append(name)
+    unknown += [parts.popitem()[1][0] for name, parts in layers.items() if name not in known]
+    if unknown:
+        few = ", ".join(shown(name) for name in sorted(unknown)[:3])
+        raise Unfit(
+            f"it is a LoRA for another model, or one of a kind not known here: {len(unknown)} of "
+            f"its names belong to no layer of Stable Diffusion 1.x or 2.x. First: {few}"
+        )
+    told = peft_alphas(source)
+    found = []
+    for layer, parts in sorted(layers.items()):
+        found += pair(known[layer], layer, parts, told)
+    return found
+
+
+def lora_layer(name):
+    """down_blocks.0...attn1.processor.to_q_lora -> down_blocks_0_..._attn1_to_q"""
+    name = STARTS.sub("", name, count=1).removeprefix("text_model.").removeprefix("text_model_")
+    name = name.replace(".processor.", ".")
+    if name.endswith("_lora"):
+        name = name.removesuffix("_lora")
+        if ".self_attn." in name:
+            name = name.replace("to_out", "out_proj").replace(".to_", ".") + "_proj"
+            name = name.replace("out_proj_proj", "out_proj")
+        elif name.endswith("to_out"):
+            name += ".0"
+    return name.replace(".", "_")
+
+
+def pair(flat, layer, parts, told):
+    if not {"up", "down"} <= parts.keys():
+        raise Unfit(f"the LoRA's layer {shown(layer)} has only {', '.join(sorted(parts))}")
+    (up_name, up), (down_name, down) = parts["up"], parts["down"]
+    rank = down.shape[0] if down.shape else 0
+    alpha = told.get(layer, told.get("", rank))
+    if "alpha" in parts:
+        alpha = float(parts["alpha"][1].float32().reshape(-1)[0]) or rank
+    middle = parts.get("middle")
+    inner = middle[1].shape[0] if middle and middle[1].shape else rank
+    fits = len(up.shape) in (2, 4) and up.shape[1] == inner and set(up.shape[2:]) <= {1}
+    fits = fits and len(down.shape) in (2, 4) and rank > 0 and math.isfinite(alpha)
+    if not fits or any(t.dtype not in FLOATS for t in (up, down)):
+        raise Unfit(
+            f"the LoRA's layer {shown(layer)} cannot be: up is {up.shape}, down {down.shape}, "
+            f"alpha {alpha}"
+        )
+    flatter = lambda shape: shape[:2] if set(shape[2:]) <= {1} else shape
+    out = [(Want(f"{flat}.up", flatter(up.shape), (), None, alpha / rank), up_name, up)]
+    out.append((Want(f"{flat}.down", flatter(down.shape), ()), down_name, down))
+    if middle:
+        out.append((Want(f"{flat}.middle", middle[1].shape, ()), *middle))
+    return out
+
+
+def peft_alphas(source):
+    """{layer: alpha} as PEFT tells it beside the weights; "" is for all others."""
+    text = source.metadata.get("lora_adapter_metadata", "")
+    beside = source.path.with_name("adapter_config.json")
+    if text:
+        config = json.loads(text)
+    elif beside.is_file() and source.path.name.startswith("adapter_model"):
+        config = read_json(beside)
+    else:
+        return {}
+    out = {}
+    for start in ("", "unet.", "text_encoder."):
+        alpha, rank = config.get(f"{start}lora_alpha"), config.get(f"{start}r")
+        if type(alpha) in (int, float) and type(rank) is int and rank > 0:
+            if config.get(f"{start}use_rslora"):
+                alpha *= math.sqrt(rank)  # so that alpha / rank is what it should be
+            out[""] = alpha
+    return out
+
+
+def convert_other(source, options):
+    """-> what it is, its tensors, its config; None for a whole model."""
+    part = find_part(source.tensors, "controlnet")
+    lora = any(LORA_MARK.match(n) for n in source.tensors) and not find_part(source.tensors, "unet")
+    if (part or lora) and options:
+        raise Unfit("it is no whole model, and --vae and --prediction are for those")
+    if part:
+        return convert_controlnet(source, part)
+    return convert_lora(source) if lora else None
+
+
+def convert_lora(source):
+    found = find_lora(source)
+    layers = [want.flat for want, _, _ in found if want.flat.endswith(".down")]
+    text = sum(layer.startswith("text_encoder.") for layer in layers)
+    kind = f"a LoRA for {len(layers)} layers, {text} of them the text encoder's"
+    return kind, found, {"kind": "lora"}
+
+
+def convert_controlnet(source, part):
+    unet_level = "input_blocks.{1}.0.in_layers.2.weight", "down_blocks.{0}.resnets.0.conv1.weight"
+    widths = [part.size(*(n.format(k, 3 * k + 1) for n in unet_level), 0) for k in range(4)]
+    to_k = "transformer_blocks.0.attn2.to_k.weight"
+    context = part.size(f"input_blocks.1.1.{to_k}", f"down_blocks.0.attentions.0.{to_k}", 1)
+    second = context == 1024
+    numbers = {"heads": [w // 64 for w in widths] if second else [8] * 4, "groups": 32}
+    told = {"unet": source.numbers.get("unet", {})}
+    told = merged({}, told, SCHEMA, source.told_by)["unet"]
+    config = {
+        "kind": "controlnet",
+        "unet": {"widths": widths, "context_width": context, **numbers, **told},
+        # Nothing in the tensors tells; it goes by the name, as everywhere.
+        "pool": bool(source.numbers.get("pool", "shuffle" in source.path.stem)),
+    }
+    return (
+        f"a ControlNet for {'2.x' if second else '1.x'}",
+        take(controlnet_table(part, widths, context), part),
+        config,
+    )
+
+
+# %% 11. Convert ------------------------------------------------------------------------------
 # Every tensor of the source is used, or known not to be needed, or named as unknown. An unknown one
 # is no error, but whoever trained something new into a model should hear that it was left behind.
 
@@ -1381,6 +1598,12 @@ def convert_to(output, path, dtype, prediction, vae_path, log, made_from):
     if vae_source:
         source.mentions |= vae_source.mentions
     with about(path):
+        if other := convert_other(source, vae_path or prediction):
+            kind, found, config = other
+            refuse_to_overwrite(output, path, found)
+            log(f"{path}: {kind}")
+            metadata = header_metadata(path, config, kind, made_from)
+            return finish(output, found, dtype, b"", metadata, log)
         unet, text, vae = find_parts(source, vae_source)
         config, second, why = describe(unet, text, vae, source, vae_source)
         found = take(
@@ -1399,24 +1622,40 @@ def convert_to(output, path, dtype, prediction, vae_path, log, made_from):
     config.setdefault("size", 768 if second and config["prediction"] == "v" else 512)
     warnings(source, log)
     account(source, found, unet, vae_path, log)
+    notes = f"{config['name']}: {why}. {config['prediction']}: {why_prediction}."
+    metadata = header_metadata(path, config, notes, made_from)
+    with about(path):
+        return finish(output, found, dtype, read_merges(source.merges), metadata, log)
+
+
+def header_metadata(path, config, notes, made_from):
     metadata = {
         "format": "sd.py 1",
         "config": json.dumps(config),
         "source": path.name.encode("utf-8", "replace").decode(),
-        "notes": f"{config['name']}: {why}. {config['prediction']}: {why_prediction}.",
+        "notes": notes,
     }
-    if made_from:
-        metadata["made_from"] = made_from
-    with about(path):
-        write(output, found, dtype, read_merges(source.merges), metadata)
-    log(f"{output}: {len(found) + 1} tensors, {dtype}, {output.stat().st_size / 1e6:.0f} MB")
+    return metadata | ({"made_from": made_from} if made_from else {})
+
+
+def finish(output, found, dtype, merges, metadata, log):
+    write(output, found, dtype, merges, metadata)
+    count = len(found) + bool(merges)
+    log(f"{output}: {count} tensors, {dtype}, {output.stat().st_size / 1e6:.0f} MB")
     return output
 
 
 def read_source(path, vae_path):
     if not path.is_dir():
         return read_file(path)
-    return read_folder(path, [part for part in PARTS if part != "vae" or not vae_path])
+    config = path / "config.json"
+    if config.exists() and read_json(config).get("_class_name") == "ControlNetModel":
+        source = Source(path, {}, told_by=str(config))
+        add_part(source, path, "controlnet")
+        source.numbers["pool"] = read_json(config).get("global_pool_conditions")
+        return source
+    parts = [part for part in PARTS if part != "controlnet" and (part != "vae" or not vae_path)]
+    return read_folder(path, parts)
 
 
 def read_vae_source(path):
@@ -1469,7 +1708,7 @@ def account(source, found, unet, vae_path, log):
         log(f"warning: {len(unknown)} tensors are unknown and were left out: {few}")
 
 
-# %% 11. Command line -------------------------------------------------------------------------
+# %% 12. Command line -------------------------------------------------------------------------
 
 
 def main(argv=None):
