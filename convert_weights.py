@@ -799,7 +799,7 @@ OTHER_MODELS = (  # what it is, and a name that only it has
     ("the x4 upscaler", r"low_scale_model\.|model\.diffusion_model\.label_emb\.weight$"),
     ("unCLIP", r"embedder\.|noise_augmentor\.|model\.diffusion_model\.label_emb\."),
     ("depth-to-image", r"depth_model\."),
-    ("a ControlNet in a form that is not known here", r"lora_controlnet$|difference$"),
+    ("part of a ControlNet, or one in a form not known here", r"control_|lora_control|difference$"),
 )
 CHANNELS = {5: "depth-to-image", 7: "the x4 upscaler", 8: "instruct-pix2pix", 9: "inpainting"}
 NO_MODELS = (  # files without a UNet
@@ -1510,7 +1510,10 @@ def convert_other(source, options):
     if (part or lora) and options:
         raise Unfit("it is no whole model, and --vae and --prediction are for those")
     if part:
-        return convert_controlnet(source, part)
+        try:
+            return convert_controlnet(source, part)
+        except Unfit as problem:
+            raise Unfit(f"it is a ControlNet, but {problem}") from None
     return convert_lora(source) if lora else None
 
 

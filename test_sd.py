@@ -34,6 +34,7 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    ControlNetModel,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
@@ -41,6 +42,7 @@ from diffusers import (
     LCMScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
+    StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
@@ -1104,6 +1106,311 @@ def test_what_was_not_to_be_painted_does_not_change(tiny, drawn, hole):
         assert (g - r - b).max() < 200  # no green is left
     with pytest.raises(ValueError, match="nothing is to be painted"):
         tiny.inpaint("", picture)
+
+
+# %% 11. LoRA --------------------------------------------------------------------------------------
+
+RANK, ALPHA = 4, 2.5
+
+
+def lora_layers(pipeline):
+    """-> {(network, its layer's name): (out, in, kh, kw) or (out, in)}"""
+    layers = {}
+    for start, network in (("unet", pipeline.unet), ("text_encoder", pipeline.text_encoder)):
+        for name, module in network.named_modules():
+            known = isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
+            if known and not name.startswith(("conv_", "time_emb")):
+                layers[start, name] = tuple(module.weight.shape)
+    return layers
+
+
+@pytest.fixture(scope="module")
+def lora(tiny_pipeline):
+    """A LoRA for all that a LoRA may change: {(network, layer): (up, down)}."""
+    generator = torch.Generator().manual_seed(0)
+    out = {}
+    for key, (o, c, *window) in lora_layers(tiny_pipeline).items():
+        up = torch.randn(o, RANK, generator=generator) * 0.05
+        down = torch.randn(RANK, c, *window, generator=generator) / math.sqrt(c * math.prod(window))
+        out[key] = up, down
+    return out
+
+
+def kohya(lora, text_start="lora_te"):
+    out = {}
+    for (network, layer), (up, down) in lora.items():
+        layer = layer if network == "unet" else "text_model." + layer.removeprefix("text_model.")
+        start = {"unet": "lora_unet", "text_encoder": text_start}[network]
+        name = f"{start}_{layer.replace('.', '_')}"
+        more = (1,) * (down.ndim - 2)
+        out[f"{name}.lora_up.weight"] = up.reshape(*up.shape, *more).clone()
+        out[f"{name}.lora_down.weight"] = down.clone()
+        out[f"{name}.alpha"] = torch.tensor(ALPHA)
+    return out
+
+
+LATER = "lora_linear_layer.up", "lora_linear_layer.down"
+
+
+def spelled(lora, ends, text_ends):
+    """diffusers' later names, with dots; these tell no alpha."""
+    out = {}
+    for (network, layer), (up, down) in lora.items():
+        layer = layer if network == "unet" else "text_model." + layer.removeprefix("text_model.")
+        more = (1,) * (down.ndim - 2)
+        for end, tensor in zip(ends if network == "unet" else text_ends, (up, down)):
+            tensor = tensor.reshape(*tensor.shape, *more) if tensor is up else tensor
+            out[f"{network}.{layer}.{end}.weight"] = tensor.clone()
+    return out
+
+
+@pytest.mark.parametrize("strength", [1.0, -0.5])
+def test_a_lora_changes_the_picture_as_in_diffusers(
+    tiny_pipeline, their_tokenizer, lora, tmp_path, strength
+):
+    save_file(kohya(lora), tmp_path / "lora.safetensors")
+    pipeline = StableDiffusionPipeline(
+        **{name: copy.deepcopy(part) for name, part in tiny_pipeline.components.items()},
+        requires_safety_checker=False,
+    )
+    pipeline.scheduler = scheduler(DDIMScheduler)
+    pipeline.load_lora_weights(str(tmp_path), weight_name="lora.safetensors", adapter_name="it")
+    pipeline.set_adapters("it", strength)
+    options = {"num_inference_steps": 5, "guidance_scale": 3, "output_type": "np"}
+    options |= {"width": 128, "height": 128}
+    truth = pipeline("a red car", generator=torch.Generator().manual_seed(3), **options).images
+    flat = convert(tmp_path / "lora.safetensors", dtype="float32", log=lambda line: None)
+    changed = sd.StableDiffusion(loras=[(flat, strength)])
+    *_, x = changed.generate_latents("a red car", steps=5, seed=3, cfg=3, sampler="ddim")
+    error = np.abs(np.array(changed.decode(x)) - truth).max()
+    print(f"LoRA, strength {strength}: the worst pixel is off by {error:.1e}")
+    assert error <= 1e-3
+    *_, plain = sd.StableDiffusion().generate_latents(
+        "a red car", steps=5, seed=3, cfg=3, sampler="ddim"
+    )
+    assert np.abs(np.array(x) - np.array(plain)).max() > 0.1
+    frugal = sd.LowMemory(loras=[(flat, strength)])
+    *_, again = frugal.generate_latents("a red car", steps=5, seed=3, cfg=3, sampler="ddim")
+    assert_close(again, x, 1e-4)
+
+
+def test_all_spellings_of_a_lora_are_the_same_flat_file(lora, run, tmp_path):
+    save_file(kohya(lora), tmp_path / "kohya.safetensors")
+    truth = run(tmp_path / "kohya.safetensors")
+    assert run.config == {"kind": "lora"} and len(truth) == 2 * len(lora)
+    assert f"{len(lora)} layers" in run.said
+    files = {
+        "te1": kohya(lora, "lora_te1"),
+        "diffusers": spelled(lora, ("lora.up", "lora.down"), LATER),
+        "peft": spelled(lora, ("lora_B", "lora_A"), ("lora_B", "lora_A")),
+        "adapter": spelled(lora, ("lora_B.default", "lora_A.default"), ("lora_B", "lora_A")),
+    }  # fmt: skip
+    for kind, tensors in files.items():
+        save_file(tensors, tmp_path / "other.safetensors")
+        other = run(tmp_path / "other.safetensors")
+        factor = ALPHA / RANK if kind in ("diffusers", "peft", "adapter") else 1  # no alpha: rank
+        assert other.keys() == truth.keys()
+        for name, tensor in other.items():
+            factor_here = factor if name.endswith(".up") else 1
+            assert torch.allclose(tensor * factor_here, truth[name], rtol=1e-6), (kind, name)
+    metadata = {"lora_adapter_metadata": json.dumps({"unet.r": RANK, "unet.lora_alpha": ALPHA})}
+    save_file(files["peft"], tmp_path / "other.safetensors", metadata=metadata)
+    same(run(tmp_path / "other.safetensors"), truth)
+
+
+def test_old_attention_processors_and_the_originals_names_are_read(lora, run, tmp_path):
+    """diffusers' first LoRAs; and kohya's with the names of CompVis' UNet."""
+    ends = ("to_q", "to_k", "to_v", "to_out.0")
+    attention = {key: pair for key, pair in lora.items() if key[1].endswith(ends)}
+    save_file(kohya(attention), tmp_path / "kohya.safetensors")
+    truth = run(tmp_path / "kohya.safetensors")
+    old = {}
+    for (_, layer), (up, down) in attention.items():
+        place, _, which = layer.removesuffix(".0").rpartition(".")
+        for end, tensor in (("up", up), ("down", down)):
+            name = f"{place}.processor.{which}_lora.{end}.weight"
+            old[name] = tensor.clone() * (ALPHA / RANK if end == "up" else 1)
+    save_file(old, tmp_path / "old.safetensors")
+    for name, tensor in run(tmp_path / "old.safetensors").items():
+        assert torch.allclose(tensor, truth[name], rtol=1e-6), name
+    compvis = {
+        name.replace("down_blocks_0_attentions_1_", "input_blocks_2_1_"): tensor
+        for name, tensor in kohya(attention).items()
+        if "down_blocks_0_attentions_1_" in name
+    }
+    save_file(compvis, tmp_path / "compvis.safetensors")
+    found = run(tmp_path / "compvis.safetensors")
+    assert len(found) == len(compvis) * 2 // 3 > 0
+    for name, tensor in found.items():
+        assert torch.equal(tensor, truth[name]) and ".2.1." in name
+
+
+def test_a_convolution_in_the_middle_is_applied_as_convolutions_are(tmp_path, run):
+    """LoCon: down 1 x 1, the middle 3 x 3, up 1 x 1, one after the other."""
+    generator = torch.Generator().manual_seed(0)
+    o, c = 32, 16
+    down, middle, up, x = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((4, c, 1, 1), (6, 4, 3, 3), (o, 6, 1, 1), (1, c, 9, 9))
+    )
+    conv = torch.nn.functional.conv2d
+    truth = conv(conv(conv(x, down), middle, padding=1), up) * ALPHA / 4
+    name = "lora_unet_mid_block_resnets_0_conv1"
+    tensors = {"up": up, "mid": middle, "down": down}
+    tensors = {f"{name}.lora_{part}.weight": t.float() for part, t in tensors.items()}
+    save_file(tensors | {f"{name}.alpha": torch.tensor(ALPHA)}, tmp_path / "locon.safetensors")
+    flat = convert(tmp_path / "locon.safetensors", dtype="float32", log=lambda line: None)
+    weights = sd.with_lora({"unet.middle.0.conv1.weight": mx.zeros((o, 3, 3, c))}, flat, 2.0)
+    (weight,) = weights.values()
+    ours = sd.KERNELS["plain"]["conv2d"](nhwc(x.float()), weight, mx.zeros((o,)))
+    assert_close(nchw(ours), 2 * truth, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "shapes, says",
+    [
+        ({"lora_unet_a_b.lora_up": 4, "lora_unet_a_b.lora_down": 4}, ["another model", "a_b"]),
+        ({"lora_unet_time_embedding_linear_1.lora_up": 4}, ["only up"]),
+        ({"lora_te2_text_model_x.lora_up": 4}, ["SDXL"]),
+        ({"lora_unet_conv_in.hada_w1_a": 4}, ["LoHa"]),
+        ({"lora_unet_conv_in.dora_scale": 4}, ["DoRA"]),
+        ({"lora_unet_conv_in.lora_up": 3, "lora_unet_conv_in.lora_down": 4}, ["cannot be", "3"]),
+    ],
+)
+def test_a_lora_that_can_not_be_is_refused(shapes, says, tmp_path, capsys):
+    tensors = {f"{name}.weight": torch.ones(4, width) for name, width in shapes.items()}
+    save_file(tensors, tmp_path / "bad.safetensors")
+    refused(capsys, tmp_path / "bad.safetensors", *says)
+
+
+def test_a_lora_for_another_width_is_refused_by_name(lora, tmp_path):
+    wide = {("unet", "mid_block.resnets.0.conv1"): (torch.ones(640, 4), torch.ones(4, 640, 3, 3))}
+    save_file(kohya(wide), tmp_path / "wide.safetensors")
+    flat = convert(tmp_path / "wide.safetensors", log=lambda line: None)
+    with pytest.raises(ValueError, match=r"another model: unet\.middle\.0\.conv1"):
+        sd.StableDiffusion(loras=[(flat, 1.0)])
+    with pytest.raises(ValueError, match="a lora is needed"):
+        sd.StableDiffusion(loras=[(sd.TINY, 1.0)])
+    with pytest.raises(ValueError, match="a model is needed"):
+        sd.StableDiffusion(flat)
+
+
+# %% 12. ControlNet --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def controlnet(tiny_pipeline):
+    theirs = ControlNetModel.from_unet(tiny_pipeline.unet)
+    shake(theirs.controlnet_cond_embedding, seed=1)
+    for i, layer in enumerate([*theirs.controlnet_down_blocks, theirs.controlnet_mid_block]):
+        shake(layer, 0.3, seed=i)
+    return theirs.eval()
+
+
+def flat_controlnet(controlnet, folder):
+    controlnet.save_pretrained(folder / "control")
+    return convert(folder / "control", dtype="float32", log=lambda line: None)
+
+
+def original_controlnet(controlnet, tiny_pipeline):
+    """Its weights under the names of lllyasviel's files."""
+    out, rest = {}, {}
+    for name, tensor in controlnet.state_dict().items():
+        if match := re.fullmatch(r"controlnet_down_blocks\.(\d+)\.(\w+)", name):
+            out[f"control_model.zero_convs.{match[1]}.0.{match[2]}"] = tensor
+        elif name.startswith("controlnet_mid_block."):
+            out[name.replace("controlnet_mid_block.", "control_model.middle_block_out.0.")] = tensor
+        elif name.startswith("controlnet_cond_embedding."):
+            place, leaf = name.split(".", 1)[1].rsplit(".", 1)
+            number = {"conv_in": 0, "conv_out": 14}.get(place)
+            number = 2 * int(place[7:]) + 2 if number is None else number
+            out[f"control_model.input_hint_block.{number}.{leaf}"] = tensor
+        else:
+            rest[name] = tensor
+    shared = type("Part", (), {"state_dict": lambda self: rest})()
+    empty = type("Part", (), {"state_dict": lambda self: {}})()
+    names = train.original_names(empty, shared, empty)
+    out |= {n.replace("model.diffusion_model.", "control_model."): t for n, t in names.items()}
+    return out
+
+
+def test_a_controlnet_steers_as_in_diffusers(tiny, tiny_pipeline, controlnet, drawn, tmp_path):
+    """Two of them, with a weight each; with guidance and without."""
+    second = copy.deepcopy(controlnet)
+    shake(second.controlnet_cond_embedding, seed=9)
+    flats = []
+    for i, net in enumerate((controlnet, second)):
+        (tmp_path / str(i)).mkdir()
+        flats.append(flat_controlnet(net, tmp_path / str(i)))
+    pipeline = StableDiffusionControlNetPipeline(
+        **{**tiny_pipeline.components, "scheduler": scheduler(DDIMScheduler)},
+        controlnet=[controlnet, second], requires_safety_checker=False,
+    )  # fmt: skip
+    other = drawn.transpose(Image.FLIP_LEFT_RIGHT)
+    nets = [sd.ControlNet(flat) for flat in flats]
+    pictures = [sd.load_picture(image)[0] for image in (drawn, other)]
+    steered = tiny.controlled((nets[0], pictures[0], 1.0), (nets[1], pictures[1], 0.4))
+    for cfg in (1, 3):
+        truth = pipeline(
+            "a red house", image=[drawn, other], num_inference_steps=5, guidance_scale=cfg,
+            controlnet_conditioning_scale=[1.0, 0.4], width=128, height=128,
+            generator=torch.Generator().manual_seed(3), output_type="np",
+        ).images  # fmt: skip
+        *_, x = steered.generate_latents("a red house", steps=5, seed=3, cfg=cfg, sampler="ddim")
+        error = np.abs(np.array(tiny.decode(x)) - truth).max()
+        print(f"two ControlNets, cfg {cfg}: the worst pixel is off by {error:.1e}")
+        assert error <= 1e-3
+        *_, plain = tiny.generate_latents("a red house", steps=5, seed=3, cfg=cfg, sampler="ddim")
+        assert np.abs(np.array(x) - np.array(plain)).max() > 0.1
+
+
+def test_a_controlnet_goes_with_low_memory_pictures_and_masks(
+    tiny, frugal, controlnet, drawn, hole, tmp_path
+):
+    net = sd.ControlNet(flat_controlnet(controlnet, tmp_path))
+    picture, _ = sd.load_picture(drawn)
+    options = {"steps": 5, "seed": 3, "n_images": 2}
+    for model in (tiny, frugal):
+        model = model.controlled((net, picture, 1.0))
+        ways = sd.FromPicture(model, picture, 0.6), sd.Inpainting(model, picture, hole)
+        xs = []
+        for way in ways:
+            *_, x = model.generate_latents("a red house", variations=[way.vary], **options)
+            xs.append(x)
+        if model.__class__ is sd.StableDiffusion:
+            truth = xs
+    for x, expected in zip(xs, truth):
+        assert_close(x, expected, 1e-4)
+
+
+def test_both_forms_of_a_controlnet_are_the_same_flat_file(
+    controlnet, tiny_pipeline, run, tmp_path
+):
+    controlnet.save_pretrained(tmp_path / "folder")
+    truth = run(tmp_path / "folder")
+    names = original_controlnet(controlnet, tiny_pipeline)
+    numbers = {"unet": {"heads": [2] * 4, "groups": 16}}
+    torch.save({"state_dict": names, "sd_config": numbers}, tmp_path / "control.pth")
+    same(run(tmp_path / "control.pth"), truth)
+    bare = {name.removeprefix("control_model."): t.contiguous() for name, t in names.items()}
+    torch.save({"state_dict": bare, "sd_config": numbers}, tmp_path / "shuffle.pth")
+    same(run(tmp_path / "shuffle.pth"), truth)
+    assert run.config["pool"] and run.config["kind"] == "controlnet"
+
+
+def test_a_controlnet_for_the_mood_corrects_all_places_alike(
+    tiny_pipeline, controlnet, drawn, tmp_path
+):
+    pooled = copy.deepcopy(controlnet)
+    pooled.register_to_config(global_pool_conditions=True)
+    net = sd.ControlNet(flat_controlnet(pooled, tmp_path))
+    x, context = torch.randn(2, 4, 16, 16), torch.randn(2, 77, 32)
+    picture = torch.rand(1, 3, 128, 128)
+    down, middle = pooled(x, 500, context, picture.repeat(2, 1, 1, 1), return_dict=False)
+    ours = net(nhwc(x), 500, mx.array(context.numpy()), net.look(nhwc(picture)))
+    for a, b in zip(ours, [*down, middle]):
+        b = b.mean((2, 3), keepdim=True) if b.shape[2] > 1 else b
+        assert_close(nchw(a), b, 1e-5)
 
 
 # %% 15. Random numbers ----------------------------------------------------------------------------
