@@ -587,7 +587,9 @@ PARTS = {  # folder -> what its weights are called, in the two formats
     "vae": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
     "text_encoder": ("model.safetensors", "pytorch_model.bin"),
     "controlnet": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
+    "safety_checker": ("model.safetensors", "pytorch_model.bin"),
 }
+MODEL = ("unet", "vae", "text_encoder")  # those that every model has
 PIPELINES = re.compile("StableDiffusion(Img2Img|Inpaint|ControlNet)?Pipeline(Legacy|Safe)?")
 MUST_BE = {
     "unet": {
@@ -657,6 +659,10 @@ def read_folder(path, parts):
             add_part(source, path / part, part)
         elif part != "vae":  # which --vae can supply, so that is asked for later
             raise ConversionError(f"{path} has no {part} folder; it is not a whole model.")
+    if (path / "safety_checker").is_dir():
+        for file in part_files(path / "safety_checker", "safety_checker"):
+            read = read_file(file)
+            source.tensors |= {f"safety_checker/{n}": t for n, t in read.tensors.items()}
     scheduler = path / "scheduler" / "scheduler_config.json"
     if scheduler.exists():
         source.numbers["prediction"] = read_prediction(scheduler)
@@ -1112,6 +1118,41 @@ def take(wants, part):
     return found
 
 
+def safety_table(tensors):
+    """-> (wants, part) of the safety checker in a diffusers folder; its vision model moved once."""
+    marks = ("safety_checker/vision_model.vision_model.", "safety_checker/vision_model.")
+    prefix = next((m for m in marks if m + "embeddings.class_embedding" in tensors), None)
+    if prefix is None:
+        return [], None
+    whole = Part(tensors, "safety_checker/", DIFFUSERS)
+    part = Part(tensors, prefix, DIFFUSERS)
+    table, outer = Table("safety", part), Table("safety", whole)
+    width = part.size("", "embeddings.class_embedding", 0)
+    projection = whole.size("", "visual_projection.weight", 0)
+    add = lambda flat, name, shape: table.add(flat, "", name, shape, bias=False)
+    add("patch", "embeddings.patch_embedding", (width, 3, 14, 14))
+    add("position_embedding", "embeddings.position_embedding", (257, width))
+    table.add("norm_in", "", "pre_layrnorm", (width,))
+    layer = re.compile(re.escape(prefix) + r"encoder\.layers\.(\d+)\.")
+    layers = len({match[1] for match in map(layer.match, tensors) if match})
+    for k in range(layers):
+        text_layer(table.inside(f"layers.{k}", "", f"encoder.layers.{k}"), width, fused=False)
+    table.add("norm", "", "post_layernorm", (width,))
+    outer.add("projection", "", "visual_projection", (projection, width), bias=False)
+    bare = {
+        "first": (part, "embeddings.class_embedding", (width,)),
+        "concepts": (whole, "concept_embeds", (17, projection)),
+        "thresholds": (whole, "concept_embeds_weights", (17,)),
+        "special": (whole, "special_care_embeds", (3, projection)),
+        "special_thresholds": (whole, "special_care_embeds_weights", (3,)),
+    }
+    wants = [w._replace(flat="safety.patch") if w.flat == "safety.patch.weight" else w
+             for w in table.wants + outer.wants]  # fmt: skip
+    wants += [Want(f"safety.{f}", shape, (p.name(n),)) for f, (p, n, shape) in bare.items()]
+    heads = width // 64 or 1
+    return wants, {"width": width, "layers": layers, "heads": heads, "projection": projection}
+
+
 def third_of(tensor, third):
     """q, k or v: rows 0 to c, c to 2c, 2c to 3c."""
     if not tensor.shape or tensor.shape[0] % 3:
@@ -1503,6 +1544,33 @@ def peft_alphas(source):
     return out
 
 
+WORD_MARKS = ("string_to_param", "emb_params")
+
+
+def convert_words(source):
+    """Textual inversion: vectors for new words. The word is the tensor's name, or the file's."""
+    found, stem = [], source.path.stem
+    for name, tensor in source.tensors.items():
+        word = name.removeprefix("string_to_param.")
+        word = stem if word in ("emb_params", "*") or word != name else word
+        shape = (1,) * (2 - len(tensor.shape)) + tensor.shape
+        if len(shape) != 2 or tensor.dtype not in FLOATS or not 0 < shape[0] <= 75:
+            raise Unfit(f"it is a textual inversion, but {shown(name)} is {tensor.shape}")
+        if shape[1] not in (768, 1024) and len(source.tensors) > 1:
+            raise Unfit("it is a textual inversion of another model than Stable Diffusion 1 or 2")
+        found.append((Want(word, shape, ()), name, tensor))
+    kind = ", ".join(f"{shown(want.flat)} ({want.shape[0]} vectors)" for want, _, _ in found)
+    return f"a textual inversion: {kind}", found, {"kind": "words"}
+
+
+def is_words(source):
+    names = list(source.tensors)
+    if len(names) == 1 and names[0].split(".")[0] in WORD_MARKS:
+        return True
+    small = all(len(t.shape) in (1, 2) and t.shape[-1:] < (2048,) for t in source.tensors.values())
+    return len(names) == 1 and small and re.fullmatch(r"<?[\w -]+>?", names[0]) is not None
+
+
 def convert_other(source, options):
     """-> what it is, its tensors, its config; None for a whole model."""
     part = find_part(source.tensors, "controlnet")
@@ -1514,6 +1582,8 @@ def convert_other(source, options):
             return convert_controlnet(source, part)
         except Unfit as problem:
             raise Unfit(f"it is a ControlNet, but {problem}") from None
+    if not lora and is_words(source):
+        return convert_words(source)
     return convert_lora(source) if lora else None
 
 
@@ -1615,6 +1685,10 @@ def convert_to(output, path, dtype, prediction, vae_path, log, made_from):
         text_config = config["text"]
         sizes = text_config["vocabulary"], text_config["width"], text_config["layers"]
         found += take(text_table(text, *sizes), text)
+        wants, safety = safety_table(source.tensors)
+        if safety:
+            found += take(wants, text._replace(tensors=source.tensors))
+            config["safety"] = safety
     with about(vae_path or path):
         found += take(vae_table(vae, config["vae"]["widths"]), vae)
     refuse_to_overwrite(output, path, found)
@@ -1657,8 +1731,7 @@ def read_source(path, vae_path):
         add_part(source, path, "controlnet")
         source.numbers["pool"] = read_json(config).get("global_pool_conditions")
         return source
-    parts = [part for part in PARTS if part != "controlnet" and (part != "vae" or not vae_path)]
-    return read_folder(path, parts)
+    return read_folder(path, [part for part in MODEL if part != "vae" or not vae_path])
 
 
 def read_vae_source(path):

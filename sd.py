@@ -391,9 +391,9 @@ class Attention(nn.Module):
 
 
 class TextLayer(nn.Module):
-    def __init__(self, c, heads, activation):
+    def __init__(self, c, heads, activation, causal=True):
         super().__init__()
-        self.activation = activation
+        self.activation, self.causal = activation, causal
         self.norm1 = LayerNorm(c)
         self.attention = Attention(c, heads, bias=True)
         self.norm2 = LayerNorm(c)
@@ -401,7 +401,7 @@ class TextLayer(nn.Module):
         self.fc2 = Linear(4 * c, c)
 
     def __call__(self, x):
-        x = x + self.attention(self.norm1(x), causal=True)
+        x = x + self.attention(self.norm1(x), causal=self.causal)
         y = self.fc1(self.norm2(x))
         y = quick_gelu(y) if self.activation == "quick_gelu" else gelu(y)
         return x + self.fc2(y)
@@ -833,13 +833,13 @@ class StableDiffusion:
 
     path: a flat file (default: the miniature). dtype: what the text model and the UNet compute in,
     "float32", "float16" or "bfloat16"; default float16 on a GPU, float32 on a CPU. The VAE, whose
-    numbers outgrow float16 in some models, always has float32. loras: (path, strength) of each
-    (section 11). Raises ValueError.
+    numbers outgrow float16 in some models, always has float32. changes: part II's lora(...),
+    words(...) and clip_skip(...). Raises ValueError.
     """
 
-    def __init__(self, path=TINY, dtype=None, loras=()):
-        self.path, self.loras = path, loras
-        self.config, weights = read_flat(path, "model", loras)
+    def __init__(self, path=TINY, dtype=None, changes=()):
+        self.path, self.changes = path, changes
+        self.config, weights = self.open()
         dtype = dtype or ("float32" if on_cpu() else "float16")
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r} can't be. There are: {', '.join(DTYPES)}.")
@@ -852,6 +852,13 @@ class StableDiffusion:
         fill(self.unet, weights, "unet", self.dtype)
         fill(self.vae, weights, "vae", mx.float32)
         self.read()
+
+    def open(self):
+        """-> config, {name: array}"""
+        config, weights = read_flat(self.path)
+        for change in self.changes:
+            config, weights = change(config, weights)
+        return config, weights
 
     def read(self):
         """Read the weights, which until here are only known to be in the file."""
@@ -1253,24 +1260,27 @@ SPACINGS |= {"dpm++-karras": karras_timesteps, "lcm": lcm_timesteps}
 # into up.
 
 
-def with_lora(weights, path, strength):
-    """{name: array} of a model -> the same with some of them changed, in float32."""
-    _, parts = read_flat(path, "lora")
-    changed = {}
-    for name in sorted({name.rpartition(".")[0] for name in parts}):
-        up, down, middle = (parts.get(f"{name}.{part}") for part in ("up", "down", "middle"))
-        weight = weights.get(f"{name}.weight")
-        up, down = up.astype(mx.float32), down.astype(mx.float32)
-        if middle is not None:  # (r, 3, 3, r), between them
-            down = (middle.reshape(-1, len(down)).astype(mx.float32) @ down).reshape(
-                len(middle), -1
-            )
-        change = up @ down.reshape(len(down), -1)
-        if weight is None or len(weight) != len(change) or weight.size != change.size:
-            raise ValueError(f"{path} is a LoRA for another model: {name} does not fit this one.")
-        change = strength * change.reshape(weight.shape)
-        changed[f"{name}.weight"] = weight.astype(mx.float32) + change
-    return weights | changed
+def lora(path, strength=1.0):
+    """A change for StableDiffusion(changes=...). path: a flat file. Changed weights are float32."""
+
+    def change(config, weights):
+        _, parts = read_flat(path, "lora")
+        changed = {}
+        for name in sorted({name.rpartition(".")[0] for name in parts}):
+            up, down, middle = (parts.get(f"{name}.{part}") for part in ("up", "down", "middle"))
+            weight = weights.get(f"{name}.weight")
+            up, down = up.astype(mx.float32), down.astype(mx.float32)
+            if middle is not None:  # (n, 3, 3, m), between them
+                middle = middle.astype(mx.float32)
+                down = (middle.reshape(-1, len(down)) @ down).reshape(len(middle), -1)
+            product = up @ down.reshape(len(down), -1)
+            if weight is None or len(weight) != len(product) or weight.size != product.size:
+                raise ValueError(f"{path} is a LoRA for another model: {name} does not fit.")
+            product = strength * product.reshape(weight.shape)
+            changed[f"{name}.weight"] = weight.astype(mx.float32) + product
+        return config, weights | changed
+
+    return change
 
 
 # %% 12. ControlNet --------------------------------------------------------------------------------
@@ -1341,6 +1351,218 @@ def controlled(self, *controls):
 
 
 StableDiffusion.controlled = controlled
+
+
+# %% 13. Prompts -----------------------------------------------------------------------------------
+# What other programs understand in a prompt, and CLIP does not:
+#
+#   (word) ((word)) (word:1.3)   more of it: 1.1 times, 1.21 times, 1.3 times
+#   [word]                       less: 1 / 1.1
+#   \( \) \[ \]                  the brackets themselves
+#   BREAK                        begin the next 75 tokens here
+#   more than 75 tokens          are read 75 at a time, and the contexts put one behind the other
+#   a word with a file           textual inversion [14]: vectors of its own in place of a token's
+#
+# A weight multiplies the vectors that CLIP gives for these tokens; then all are scaled back to the
+# mean they had, so that the others do not become weaker or stronger. This is how AUTOMATIC1111's
+# program does it, for which most of these prompts were written.
+
+PROMPT_MARKS = regex.compile(
+    r"\\[()\[\]\\]|[()\[\]]|:\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*\)|\s*\bBREAK\b\s*|[^\\()\[\]:]"
+    r"(?:(?!\s*\bBREAK\b)[^\\()\[\]:])*|[\\:]"
+)
+
+
+def weigh(text):
+    """-> [(piece of text, weight)], None as weight of BREAK.
+
+    weigh("a (red:1.5) [small] house")
+    ->  [("a ", 1.0), ("red", 1.5), (" ", 1.0), ("small", 0.909...), (" house", 1.0)]
+    """
+    out, opened = [], {"(": [], "[": []}
+
+    def close(bracket, factor):
+        for piece in out[opened[bracket].pop() :]:
+            if piece[1] is not None:
+                piece[1] *= factor
+
+    for token in PROMPT_MARKS.findall(text):
+        if token in opened:
+            opened[token].append(len(out))
+        elif token[0] == ":" and token[-1] == ")" and opened["("]:
+            close("(", float(token[1:-1]))
+        elif token == ")" and opened["("]:
+            close("(", 1.1)
+        elif token == "]" and opened["["]:
+            close("[", 1 / 1.1)
+        elif token.strip() == "BREAK":
+            out.append(["BREAK", None])
+        else:
+            out.append([token[1:] if token[0] == "\\" and len(token) > 1 else token, 1.0])
+    for bracket, factor in (("(", 1.1), ("[", 1 / 1.1)):
+        while opened[bracket]:
+            close(bracket, factor)
+    joined = []
+    for piece, weight in out:
+        if joined and weight is not None and joined[-1][1] == weight:
+            joined[-1] = joined[-1][0] + piece, weight
+        else:
+            joined.append((piece, weight))
+    return joined
+
+
+def chunks(sd, text):
+    """-> [[(id, weight)]] with at most 75 in each, at least one."""
+    out, words = [[]], sd.config.get("words", {})
+    names = sorted(words, key=len, reverse=True)
+    known = regex.compile("|".join(rf"(?<!\w){regex.escape(n)}(?!\w)" for n in names) or r"(?!)")
+    for piece, weight in weigh(text):
+        if weight is None:
+            out.append([])
+            continue
+        ids, at = [], 0
+        for match in known.finditer(piece):
+            ids += [i for _, _, word in sd.tokenizer.words(piece[at : match.start()]) for i in word]
+            ids, at = ids + words[match[0]], match.end()
+        ids += [i for _, _, word in sd.tokenizer.words(piece[at:]) for i in word]
+        for i in ids:
+            if len(out[-1]) == 75:
+                out.append([])
+            out[-1].append((i, weight))
+    return out
+
+
+def long_contexts(self, sentences):
+    """-> (number of sentences, 77 k, width), k for the longest; the others get empty chunks."""
+    each = [chunks(self, sentence) for sentence in sentences]
+    count = max(map(len, each))
+    rows, weights = [], []
+    for found in each:
+        for chunk in found + [[]] * (count - len(found)):
+            fill_up = [END] + [self.tokenizer.pad] * (75 - len(chunk))
+            rows.append([START, *(i for i, _ in chunk), *fill_up])
+            weights.append([1.0, *(w for _, w in chunk), *[1.0] * len(fill_up)])
+    context = self.text_encoder(mx.array(rows))
+    weights = mx.array(weights)[:, :, None].astype(context.dtype)
+    if (weights != 1).any():
+        mean = context.mean((1, 2), keepdims=True)
+        context = context * weights
+        context = context * (mean / context.mean((1, 2), keepdims=True))
+    return context.reshape(len(sentences), 77 * count, -1)
+
+
+plain_contexts = StableDiffusion.contexts
+StableDiffusion.contexts = long_contexts
+
+
+def words(path):
+    """A change for StableDiffusion(changes=...): a file's words stand for its vectors."""
+
+    def change(config, weights):
+        name = "text_encoder.token_embedding.weight"
+        known = dict(config.get("words", {}))
+        for word, vectors in read_flat(path, "words")[1].items():
+            table = weights[name]
+            if vectors.ndim != 2 or vectors.shape[1] != table.shape[1]:
+                raise ValueError(
+                    f"{path} is for another text model: its vectors have {vectors.shape[-1]} "
+                    f"numbers, this one's {table.shape[1]}."
+                )
+            known[word] = list(range(len(table), len(table) + len(vectors)))
+            weights = weights | {name: mx.concatenate([table, vectors.astype(table.dtype)])}
+        text = config["text"] | {"vocabulary": len(weights[name])}
+        return config | {"text": text, "words": known}, weights
+
+    return change
+
+
+def clip_skip(count):
+    """A change: stop reading count - 1 layers before the last, as some models were trained."""
+
+    def change(config, weights):
+        left = config["text"]["layers"] - (count - 1)
+        if count < 1 or left < 1:
+            raise ValueError(f"clip_skip {count} can't be: 1 for all layers, 2 for one less ...")
+        gone = tuple(f"text_encoder.layers.{i}." for i in range(left, left + count - 1))
+        kept = (
+            {name: w for name, w in weights.items() if not name.startswith(gone)}
+            if gone
+            else weights
+        )
+        return config | {"text": config["text"] | {"layers": left}}, kept
+
+    return change
+
+
+# %% 14. Safety checker ----------------------------------------------------------------------------
+# CLIP's other half: a transformer that turns a picture into one vector, matched in training with
+# the vectors of captions. The checker that came with Stable Diffusion compares it with vectors of
+# 17 things not to be shown and 3 that call for more caution, each with a threshold.
+#
+#   in   a picture, 224 x 224, in 256 squares of 14 x 14       out   a vector (768), then yes or no
+#
+# It errs in both directions. (diffusers' pipelines/stable_diffusion/safety_checker.py)
+
+
+class Safety(nn.Module):
+    def __init__(self, width, layers, heads, projection):
+        super().__init__()
+        self.patch = mx.zeros((width, 14, 14, 3))
+        self.first = mx.zeros((width,))  # a place that belongs to no square, and reports in the end
+        self.position_embedding = Embedding(257, width)
+        self.norm_in = LayerNorm(width)
+        self.layers = [TextLayer(width, heads, "quick_gelu", causal=False) for _ in range(layers)]
+        self.norm = LayerNorm(width)
+        self.projection = Linear(width, projection, bias=False)
+        self.concepts, self.thresholds = mx.zeros((17, projection)), mx.zeros((17,))
+        self.special, self.special_thresholds = mx.zeros((3, projection)), mx.zeros((3,))
+
+    def look(self, picture):
+        """A PIL picture -> (1, 768)"""
+        w, h = picture.size
+        scale = 224 / min(w, h)
+        size = max(224, int(w * scale)), max(224, int(h * scale))
+        picture = picture.convert("RGB").resize(size, Image.BICUBIC)
+        left, top = (size[0] - 224) // 2, (size[1] - 224) // 2
+        x = np.asarray(picture.crop((left, top, left + 224, top + 224)), np.float32) / 255
+        # The mean and deviation of the pictures that CLIP was trained on.
+        x = (x - (0.48145466, 0.4578275, 0.40821073)) / (0.26862954, 0.26130258, 0.27577711)
+        x = np.float32(x.reshape(16, 14, 16, 14, 3).swapaxes(1, 2).reshape(1, 256, -1))
+        x = linear(mx.array(x), self.patch.reshape(len(self.patch), -1))
+        x = mx.concatenate([self.first[None, None], x], axis=1) + self.position_embedding.weight
+        x = self.norm_in(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.projection(self.norm(x[:, :1])[:, 0])
+
+    def __call__(self, picture):
+        """Is it not to be shown? The rounding decides what is just at a threshold."""
+
+        def scores(concepts, thresholds, more):
+            c = np.array(concepts)
+            cosine = (c @ e) / (np.linalg.norm(c, axis=1) * np.linalg.norm(e))
+            return cosine - np.array(thresholds) + more
+
+        e, more = np.array(self.look(picture)[0]), 0.0
+        for one in zip(self.special, self.special_thresholds):
+            if np.round(scores(one[0][None], one[1][None], more), 3)[0] > 0:
+                more = 0.01
+        return bool((np.round(scores(self.concepts, self.thresholds, more), 3) > 0).any())
+
+
+def checked(self, pictures):
+    """-> PIL pictures, those blacked out that are not to be shown; and the numbers of these."""
+    if "safety" not in self.config:
+        return pictures, []
+    if not hasattr(self, "safety"):
+        self.safety = Safety(**self.config["safety"])
+        fill(self.safety, read_flat(self.path)[1], "safety", mx.float32)
+    flagged = [i for i, picture in enumerate(pictures) if self.safety(picture)]
+    black = lambda picture: Image.new("RGB", picture.size)
+    return [black(p) if i in flagged else p for i, p in enumerate(pictures)], flagged
+
+
+StableDiffusion.checked = checked
 
 
 # ================================================================================== III. Plumbing
@@ -1935,13 +2157,18 @@ def keep_memory():
     It would give it back to the system and ask for it anew, and the system clears every page:
     a VAE decode to 512 x 512 took 10 s that way, and takes 6.9 s so. Up to 1 GB stays.
     """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # another C library
-        return
     M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
-    mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, 1 << 30)
+    call_glibc("mallopt", M_MMAP_MAX, 0)
+    call_glibc("mallopt", M_TRIM_THRESHOLD, 1 << 30)
+
+
+def call_glibc(name, *arguments):
+    """Nothing where there is another C library."""
+    try:
+        function = getattr(ctypes.CDLL(None), name)
+    except (AttributeError, OSError, TypeError):
+        return
+    function(*arguments)
 
 
 if on_cpu():
@@ -1968,7 +2195,7 @@ else:
 FORMAT = "sd.py 1"
 
 
-def read_flat(path, kind="model", loras=()):
+def read_flat(path, kind="model"):
     """-> (config, {name: array}) of a flat file, or ValueError saying what is wrong with it.
 
     The arrays are read from the disk only when they are first used.
@@ -1998,10 +2225,9 @@ def read_flat(path, kind="model", loras=()):
     if is_a != kind:
         raise ValueError(f"{path} is a {is_a}, and a {kind} is needed.")
     parts = {name.split(".")[0] for name in weights}
-    if kind == "model" and (parts != PARTS or "tokenizer.merges" not in weights):
+    whole = parts - {"safety"} == PARTS and "tokenizer.merges" in weights
+    if kind == "model" and not whole:
         raise ValueError(f"{path} has the parts {', '.join(sorted(parts))}. {AGAIN}")
-    for lora, strength in loras:
-        weights = with_lora(weights, lora, strength)
     return config, weights
 
 
@@ -2156,8 +2382,9 @@ class LowMemory(StableDiffusion):
 
     def let_go(self, name, network, dtype):
         """Forget a network's weights until it is called again."""
-        fill(network, read_flat(self.path, "model", self.loras)[1], name, dtype)
+        fill(network, self.open()[1], name, dtype)
         mx.clear_cache()
+        call_glibc("malloc_trim", 0)  # also what keep_memory keeps
 
     def guided(self, *arguments):
         self.let_go("vae", self.vae.network, mx.float32)

@@ -1180,7 +1180,7 @@ def test_a_lora_changes_the_picture_as_in_diffusers(
     options |= {"width": 128, "height": 128}
     truth = pipeline("a red car", generator=torch.Generator().manual_seed(3), **options).images
     flat = convert(tmp_path / "lora.safetensors", dtype="float32", log=lambda line: None)
-    changed = sd.StableDiffusion(loras=[(flat, strength)])
+    changed = sd.StableDiffusion(changes=[sd.lora(flat, strength)])
     *_, x = changed.generate_latents("a red car", steps=5, seed=3, cfg=3, sampler="ddim")
     error = np.abs(np.array(changed.decode(x)) - truth).max()
     print(f"LoRA, strength {strength}: the worst pixel is off by {error:.1e}")
@@ -1189,7 +1189,7 @@ def test_a_lora_changes_the_picture_as_in_diffusers(
         "a red car", steps=5, seed=3, cfg=3, sampler="ddim"
     )
     assert np.abs(np.array(x) - np.array(plain)).max() > 0.1
-    frugal = sd.LowMemory(loras=[(flat, strength)])
+    frugal = sd.LowMemory(changes=[sd.lora(flat, strength)])
     *_, again = frugal.generate_latents("a red car", steps=5, seed=3, cfg=3, sampler="ddim")
     assert_close(again, x, 1e-4)
 
@@ -1260,8 +1260,8 @@ def test_a_convolution_in_the_middle_is_applied_as_convolutions_are(tmp_path, ru
     tensors = {f"{name}.lora_{part}.weight": t.float() for part, t in tensors.items()}
     save_file(tensors | {f"{name}.alpha": torch.tensor(ALPHA)}, tmp_path / "locon.safetensors")
     flat = convert(tmp_path / "locon.safetensors", dtype="float32", log=lambda line: None)
-    weights = sd.with_lora({"unet.middle.0.conv1.weight": mx.zeros((o, 3, 3, c))}, flat, 2.0)
-    (weight,) = weights.values()
+    weights = {"unet.middle.0.conv1.weight": mx.zeros((o, 3, 3, c))}
+    (weight,) = sd.lora(flat, 2.0)({}, weights)[1].values()
     ours = sd.KERNELS["plain"]["conv2d"](nhwc(x.float()), weight, mx.zeros((o,)))
     assert_close(nchw(ours), 2 * truth, 1e-5)
 
@@ -1288,9 +1288,9 @@ def test_a_lora_for_another_width_is_refused_by_name(lora, tmp_path):
     save_file(kohya(wide), tmp_path / "wide.safetensors")
     flat = convert(tmp_path / "wide.safetensors", log=lambda line: None)
     with pytest.raises(ValueError, match=r"another model: unet\.middle\.0\.conv1"):
-        sd.StableDiffusion(loras=[(flat, 1.0)])
+        sd.StableDiffusion(changes=[sd.lora(flat)])
     with pytest.raises(ValueError, match="a lora is needed"):
-        sd.StableDiffusion(loras=[(sd.TINY, 1.0)])
+        sd.StableDiffusion(changes=[sd.lora(sd.TINY)])
     with pytest.raises(ValueError, match="a model is needed"):
         sd.StableDiffusion(flat)
 
