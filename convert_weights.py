@@ -467,8 +467,10 @@ def state_dict(path, top, starts, mentions):
         if type(top.get("state_dict")) is not dict:
             break
         top = top["state_dict"]
-    if "string_to_param" in top:
-        raise Unfit("it is a textual inversion, one new word; it needs a whole model")
+    if "string_to_param" in top:  # textual inversion, as AUTOMATIC1111's program writes it
+        if type(top["string_to_param"]) is not dict:
+            raise Unfit("it is a textual inversion of PyTorch's ParameterDict; only a dict will do")
+        top = {f"string_to_param.{name}": v for name, v in top["string_to_param"].items()}
     tensors = {}
     for name, view in top.items():
         if type(name) is str and type(view) is View:
@@ -594,7 +596,7 @@ PIPELINES = re.compile("StableDiffusion(Img2Img|Inpaint|ControlNet)?Pipeline(Leg
 MUST_BE = {
     "unet": {
         "_class_name": "UNet2DConditionModel",
-        "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "conv_in_kernel": 3,
+        "out_channels": 4, "layers_per_block": 2, "conv_in_kernel": 3,
         "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
         "mid_block_type": "UNetMidBlock2DCrossAttn",
         "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
@@ -807,10 +809,10 @@ OTHER_MODELS = (  # what it is, and a name that only it has
     ("depth-to-image", r"depth_model\."),
     ("part of a ControlNet, or one in a form not known here", r"control_|lora_control|difference$"),
 )
-CHANNELS = {5: "depth-to-image", 7: "the x4 upscaler", 8: "instruct-pix2pix", 9: "inpainting"}
+CHANNELS = {5: "depth-to-image", 7: "the x4 upscaler", 8: "instruct-pix2pix"}
 NO_MODELS = (  # files without a UNet
     ("a LoRA without names", r"(text_encoder|unet):\d"),
-    ("a textual inversion", r"(emb_params|clip_l|clip_g)$"),
+    ("a textual inversion of SDXL", r"(clip_l|clip_g)$"),
     ("a safety checker", r"(.*\.)?concept_embeds$"),
     ("a UNet alone, cut out of a diffusers folder", r"(unet\.)?down_blocks\."),
     ("a text encoder alone", r"(text_model\.)?embeddings\.token_embedding\."),
@@ -850,10 +852,12 @@ def find_parts(source, vae_source):
     unet, text, vae = (find_part(tensors, part) for part in ("unet", "text", "vae"))
     if unet and not kind:
         channels = unet.size("input_blocks.0.0.weight", "conv_in.weight", 1)
-        if channels != 4:
+        if channels not in (4, 9):
             kind = CHANNELS.get(channels, "an unknown model") + f" (a UNet of {channels} channels)"
     if kind:
-        raise Unfit(f"it is {kind}. Only 4-channel Stable Diffusion 1.x and 2.x will do")
+        raise Unfit(
+            f"it is {kind}. Only Stable Diffusion 1.x and 2.x will do, and their inpainting models"
+        )
     if unet is None:
         raise Unfit(without_unet(tensors, vae))
     if text is None:
@@ -873,8 +877,6 @@ def without_unet(tensors, vae):
     for what, pattern in NO_MODELS:
         if any(re.match(pattern, name) for name in tensors):
             return f"it is {what}, and a whole model is needed"
-    if len(tensors) == 1 and next(iter(tensors.values())).shape[-1:] in ((768,), (1024,)):
-        return "it is a textual inversion, and a whole model is needed"
     few = ", ".join(shown(name) for name in list(tensors)[:3]) or "none at all"
     return f"it holds no Stable Diffusion. Of its {len(tensors)} tensors the first are: {few}"
 
@@ -1565,6 +1567,8 @@ def convert_words(source):
 
 def is_words(source):
     names = list(source.tensors)
+    if any(re.match(pattern, name) for _, pattern in NO_MODELS for name in names):
+        return False
     if len(names) == 1 and names[0].split(".")[0] in WORD_MARKS:
         return True
     small = all(len(t.shape) in (1, 2) and t.shape[-1:] < (2048,) for t in source.tensors.values())
@@ -1679,9 +1683,10 @@ def convert_to(output, path, dtype, prediction, vae_path, log, made_from):
             return finish(output, found, dtype, b"", metadata, log)
         unet, text, vae = find_parts(source, vae_source)
         config, second, why = describe(unet, text, vae, source, vae_source)
-        found = take(
-            unet_table(unet, config["unet"]["widths"], config["unet"]["context_width"]), unet
-        )
+        channels = unet.size("input_blocks.0.0.weight", "conv_in.weight", 1)
+        config["unet"] |= {"channels": 9} if channels == 9 else {}
+        numbers = config["unet"]["widths"], config["unet"]["context_width"], channels
+        found = take(unet_table(unet, *numbers), unet)
         text_config = config["text"]
         sizes = text_config["vocabulary"], text_config["width"], text_config["layers"]
         found += take(text_table(text, *sizes), text)

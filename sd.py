@@ -939,12 +939,13 @@ class StableDiffusion:
             pass
         return self.to_pictures(x)
 
-    def to_pictures(self, x):
+    def to_pictures(self, x, batch=1):
         """Latents (b, h, w, 4) -> list of PIL pictures, decoded one at a time to save memory.
 
         To 8 bits by rounding, as diffusers does; the original cuts off, half a level darker.
         """
-        pictures = [np.array(self.decode(x[i : i + 1])[0]) for i in range(len(x))]
+        parts = [np.array(self.decode(x[i : i + batch])) for i in range(0, len(x), batch)]
+        pictures = [picture for part in parts for picture in part]
         if not all(np.isfinite(p).all() for p in pictures):
             raise ValueError("the picture is not a number everywhere. Try dtype float32.")
         return [Image.fromarray((p * 255 + 0.5).astype(np.uint8)) for p in pictures]
@@ -1030,13 +1031,13 @@ def load_picture(file, width=None, height=None):
 def img2img(self, prompt, image, strength=0.75, width=None, height=None, **options):
     """A sentence and a picture -> list of PIL pictures. Options: those of generate_latents."""
     picture, _ = load_picture(image, width, height)
-    return paint_with(self, prompt, FromPicture(self, picture, strength), options)
+    return paint_with(prompt, FromPicture(self, picture, strength), options)
 
 
-def paint_with(sd, prompt, way, options):
+def paint_with(prompt, way, options):
     height, width, _ = way.picture.shape[1:]
     size = {"width": width, "height": height, "variations": [way.vary]}
-    return way.finish(sd.txt2img(prompt, **size, **options))
+    return way.finish(way.sd.txt2img(prompt, **size, **options))
 
 
 StableDiffusion.img2img = img2img
@@ -1072,6 +1073,23 @@ class Inpainting(FromPicture):
         small = small.resize((mask.shape[1] // 8, mask.shape[0] // 8), Image.BOX)
         # A place of the latents is painted if any of its 8 x 8 pixels is.
         self.small = mx.array((np.asarray(small) > 0).astype(np.float32))[None, :, :, None]
+        if sd.config["unet"].get("channels") == 9:
+            self.sd = copy.copy(sd)
+            self.sd.unet = self.beside = Beside(sd.unet)
+            self.vary = self.vary_nine
+
+    def vary_nine(self, walk):
+        def run(eps_at, noise, timesteps, draw):
+            timesteps = self.rest(timesteps)
+            if self.strength < 1:
+                noise = spoil(self.sd.encode(self.picture, noise), draw(), timesteps[0])
+            hole = mx.array(self.mask)[None, :, :, None] > 0.5
+            seen = self.sd.encode(mx.where(hole, 0.5, self.picture), draw())
+            small = mx.broadcast_to(self.small, (len(seen), *self.small.shape[1:]))
+            self.beside.more = mx.concatenate([small, seen], axis=-1)
+            return walk(eps_at, noise, timesteps, draw)
+
+        return run
 
     def vary(self, walk):
         def run(eps_at, noise, timesteps, draw):
@@ -1101,6 +1119,17 @@ class Inpainting(FromPicture):
         ]
 
 
+class Beside:
+    """Stands in the place of a UNet of nine channels, and gives it the five that x lacks."""
+
+    def __init__(self, unet):
+        self.unet, self.network = unet, getattr(unet, "network", unet)
+
+    def __call__(self, x, *rest):
+        more = mx.concatenate([self.more] * (len(x) // len(self.more))).astype(x.dtype)
+        return self.unet(mx.concatenate([x, more], axis=-1), *rest)
+
+
 def find_mask(picture, opaque, mask=None):
     """-> (h, w), 1 where to paint, and the picture. mask: a picture, white there; else where the
     picture itself is transparent or pure green, and there it gets the colours around the hole.
@@ -1128,7 +1157,7 @@ def inpaint(self, prompt, image, mask=None, strength=1.0, width=None, height=Non
     """A sentence, a picture, and where to paint -> list of PIL pictures."""
     picture, opaque = load_picture(image, width, height)
     mask, picture = find_mask(picture, opaque, mask)
-    return paint_with(self, prompt, Inpainting(self, picture, mask, strength), options)
+    return paint_with(prompt, Inpainting(self, picture, mask, strength), options)
 
 
 StableDiffusion.inpaint = inpaint
@@ -1434,6 +1463,8 @@ def chunks(sd, text):
 
 def long_contexts(self, sentences):
     """-> (number of sentences, 77 k, width), k for the longest; the others get empty chunks."""
+    if getattr(self, "plain_prompt", False):
+        return plain_contexts(self, sentences)
     each = [chunks(self, sentence) for sentence in sentences]
     count = max(map(len, each))
     rows, weights = [], []
@@ -1469,7 +1500,8 @@ def words(path):
                     f"numbers, this one's {table.shape[1]}."
                 )
             known[word] = list(range(len(table), len(table) + len(vectors)))
-            weights = weights | {name: mx.concatenate([table, vectors.astype(table.dtype)])}
+            both = table.astype(mx.float32), vectors.astype(mx.float32)
+            weights = weights | {name: mx.concatenate(both)}
         text = config["text"] | {"vocabulary": len(weights[name])}
         return config | {"text": text, "words": known}, weights
 
@@ -2471,9 +2503,17 @@ def flat_file(path):
 
 
 def free_name(path):
-    """path, or the first of path-2, path-3 ... that is not taken: no picture is overwritten."""
-    names = (path.with_stem(f"{path.stem}-{i}") if i > 1 else path for i in range(1, 10**9))
-    return next(name for name in names if not os.path.lexists(name))
+    """path, or the first of path-2, path-3 ... that is not taken: no picture is overwritten.
+
+    It is taken at once, by an empty file, for other processes may be looking for names, too.
+    """
+    for i in range(1, 10**9):
+        name = path.with_stem(f"{path.stem}-{i}") if i > 1 else path
+        try:
+            open(name, "xb").close()
+        except FileExistsError:
+            continue
+        return name
 
 
 def check_output(path):
@@ -2482,20 +2522,56 @@ def check_output(path):
     if not path.parent.is_dir():
         raise ValueError(f"--output {path}: there is no folder {path.parent}. Make it first.")
     tempfile.TemporaryFile(dir=path.parent).close()  # OSError if the folder can't be written
-    if len(os.fsencode(path.name)) > 240:  # systems allow 255, and a number may have to go in
+    if len(os.fsencode(path.name)) > 220:  # systems allow 255, and numbers may have to go in
         raise ValueError(f"--output {path}: the name is too long.")
 
 
-def parameters(args, seed, width, height, images=1):
+# The names that other programs use for our options in a PNG, and how to read what stands there.
+PARAMETERS = {
+    "Steps": ("steps", int), "Sampler": ("sampler", str.lower), "CFG scale": ("cfg", float),
+    "Seed": ("seed", int), "RNG": ("rng", str), "dtype": ("dtype", str),
+    "Denoising strength": ("strength", float), "Image": ("image", Path), "Mask": ("mask", Path),
+    "Clip skip": ("clip_skip", int), "Lora": ("lora", shlex.split), "Words": ("words", shlex.split),
+    "ControlNet": ("controlnet", shlex.split), "Control image": ("control_image", shlex.split),
+    "Model file": ("model", Path),
+}  # fmt: skip
+
+
+def parameters(args, prompt, seed, width, height, images=1):
     """What makes the picture again, as other tools write it: the PNG's "parameters" text."""
+    found = {"Steps": args.steps, "Sampler": args.sampler.upper(), "CFG scale": args.cfg}
+    found |= {"Seed": seed, "Size": f"{width}x{height}", "Model": args.model.stem}
+    for name, (option, kind) in PARAMETERS.items():
+        value = getattr(args, option)
+        if value is not None and value != []:
+            found.setdefault(name, shlex.join(value) if kind is shlex.split else value)
+    found |= {"Images": images, "Version": "sd.py"}
+    quote = lambda v: json.dumps(str(v)) if set(str(v)) & set(',:"\n') else v
     negative = f"\nNegative prompt: {args.negative_prompt}" if args.negative_prompt else ""
-    picture = f"Denoising strength: {args.strength}, Image: {args.image}, " if args.image else ""
-    picture += f"Mask: {args.mask}, " if args.mask else ""
-    return (
-        f"{args.prompt}{negative}\nSteps: {args.steps}, Sampler: {args.sampler.upper()}, "
-        f"CFG scale: {args.cfg}, Seed: {seed}, Size: {width}x{height}, Model: {args.model.stem}, "
-        f"RNG: {args.rng}, dtype: {args.dtype}, Images: {images}, {picture}Version: sd.py"
-    )
+    return f"{prompt}{negative}\n" + ", ".join(f"{name}: {quote(v)}" for name, v in found.items())
+
+
+def read_parameters(path):
+    """-> {option: value} from a PNG's "parameters"."""
+    with Image.open(path) as image:
+        text = image.info.get("parameters")
+    if not isinstance(text, str) or "\nSteps: " not in text:
+        raise ValueError(f"--from-png {path}: it does not say how it was made.")
+    text, _, line = text.rpartition("\nSteps: ")
+    prompt, _, negative = text.partition("\nNegative prompt: ")
+    options = {"prompt": prompt, "negative_prompt": negative}
+    pattern = r'\s*([^:,]+): ("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)'
+    try:
+        for name, value in regex.findall(pattern, "Steps: " + line):
+            value = json.loads(value) if value.startswith('"') else value
+            if name == "Size":
+                options["width"], options["height"] = map(int, value.split("x"))
+            elif name in PARAMETERS:
+                option, kind = PARAMETERS[name]
+                options[option] = kind(value)
+    except ValueError as error:
+        raise ValueError(f"--from-png {path}: its parameters can't be read ({error}).") from None
+    return options
 
 
 def save(picture, path, text):
@@ -2511,6 +2587,7 @@ def save(picture, path, text):
         os.replace(part, path)
     except BaseException:
         os.unlink(part)
+        os.unlink(path)
         raise
     print(f"saved {path}")
 
@@ -2535,12 +2612,36 @@ def show_tokens(tokenizer, text):
 PROMPT = "a red house on the grass at sunset"
 
 
+def with_number(text):
+    """FILE or FILE:NUMBER -> path, number; 1 if there is none."""
+    file, colon, number = str(text).rpartition(":")
+    try:
+        return (Path(file), float(number)) if colon and file else (Path(text), 1.0)
+    except ValueError:  # a colon in the name
+        return Path(text), 1.0
+
+
+def model_of(args):
+    """-> the StableDiffusion that the options describe."""
+    changes = [lora(flat_file(path), strength) for path, strength in map(with_number, args.lora)]
+    changes += [words(flat_file(Path(path))) for path in args.words]
+    changes += [clip_skip(args.clip_skip)] if args.clip_skip is not None else []
+    model = LowMemory if args.low_memory else StableDiffusion
+    sd = model(flat_file(args.model), args.dtype, changes)
+    sd.plain_prompt = args.plain_prompt
+    args.dtype = str(sd.dtype).removeprefix("mlx.core.")
+    args.cfg = sd.config["cfg"] if args.cfg is None else args.cfg
+    return sd
+
+
 def way_of(sd, args):
     """-> how to go from noise to picture, as section 8 or 9 does; None: the usual way."""
     if args.image is None:
         for option in ("mask", "strength"):
             if getattr(args, option) is not None:
                 raise ValueError(f"--{option} needs a picture, --image FILE.")
+        if sd.config["unet"].get("channels") == 9:
+            raise ValueError(f"{args.model} paints into pictures only: give --image and --mask.")
         return None
     picture, opaque = load_picture(args.image, args.width, args.height)
     args.height, args.width, _ = picture.shape
@@ -2553,39 +2654,84 @@ def way_of(sd, args):
     return FromPicture(sd, picture, args.strength)
 
 
+def with_controls(sd, args):
+    if len(args.controlnet) != len(args.control_image):
+        raise ValueError(
+            f"{len(args.controlnet)} --controlnet and {len(args.control_image)} --control-image: "
+            "each of the first needs one of the second."
+        )
+    width, height = args.width or sd.config["size"], args.height or sd.config["size"]
+    controls = []
+    for (path, weight), image in zip(map(with_number, args.controlnet), args.control_image):
+        picture, _ = load_picture(image, width, height)
+        controls.append((ControlNet(flat_file(path), sd.dtype), picture, weight))
+    return sd.controlled(*controls) if controls else sd
+
+
+def read_prompts(path):
+    prompts = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"--prompts {path}: it is empty. Write one prompt on each line.")
+    return prompts
+
+
+def share_of_this_process(prompts, n_images):
+    """-> [(prompt, number of its first picture, how many, number of that among all)]
+
+    Started with mlx.launch -n 2 python sd.py ..., two processes paint half of the pictures each.
+    """
+    group = mx.distributed.init()
+    everything = list(itertools.product(range(len(prompts)), range(n_images)))
+    start, end = (len(everything) * (group.rank() + k) // group.size() for k in (0, 1))
+    mine = enumerate(everything[start:end], start)
+    for k, pictures in itertools.groupby(mine, key=lambda picture: picture[1][0]):
+        pictures = list(pictures)
+        yield prompts[k], pictures[0][1][1], len(pictures), pictures[0][0]
+
+
 def paint(sd, args, way):
     """Run the generator, say after each step how long the rest will take, and save the pictures."""
-    names = (
-        "negative_prompt",
-        "seed",
-        "steps",
-        "cfg",
-        "sampler",
-        "width",
-        "height",
-        "n_images",
-        "rng",
-    )
+    names = "negative_prompt", "steps", "cfg", "sampler", "width", "height", "rng"
     options = {name: getattr(args, name) for name in names}
     steps = args.steps
     if way:
         options["variations"] = [way.vary]
         steps = len(way.rest(range(steps)))
     end = "\r" if sys.stderr.isatty() else "\n"
-    start, x = time.perf_counter(), None
-    for i, x in enumerate(sd.generate_latents(args.prompt, **options), 1):
-        pace = (time.perf_counter() - start) / i
-        line = f"step {i}/{steps}  {pace:.2f} s a step  {pace * (steps - i):.0f} s left "
-        print(line, end=end if i < steps else "\n", file=sys.stderr, flush=True)
-    pictures = sd.to_pictures(x)
-    pictures = way.finish(pictures) if way else pictures
-    width, height = pictures[0].size
-    if args.n_rows:
-        text = parameters(args, args.seed, width, height, f"{len(pictures)} in {args.n_rows} rows")
-        save(grid(pictures, args.n_rows), args.output, text)
-        return
-    for i, picture in enumerate(pictures):
-        save(picture, args.output, parameters(args, args.seed + i, width, height))
+    prompts = read_prompts(args.prompts) if args.prompts else [args.prompt]
+
+    def finished(x):
+        pictures = sd.to_pictures(x, args.decode_batch)
+        pictures = way.finish(pictures) if way else pictures
+        pictures, flagged = sd.checked(pictures) if args.safety_check else (pictures, [])
+        for i in flagged:
+            print(f"sd.py: the safety checker blacked out seed {seed + i}", file=sys.stderr)
+        return pictures
+
+    for prompt, first, count, number in share_of_this_process(prompts, args.n_images):
+        seed, start, x = args.seed + first, time.perf_counter(), None
+        several = number > 0 and mx.distributed.init().size() > 1
+        output = (
+            args.output.with_stem(f"{args.output.stem}-{number + 1}") if several else args.output
+        )
+        walk = sd.generate_latents(prompt, seed=seed, n_images=count, **options)
+        for i, x in enumerate(walk, 1):
+            pace = (time.perf_counter() - start) / i
+            line = f"step {i}/{steps}  {pace:.2f} s a step  {pace * (steps - i):.0f} s left "
+            print(line, end=end if i < steps else "\n", file=sys.stderr, flush=True)
+            if args.save_every and i % args.save_every == 0 and i < steps:
+                for k, picture in enumerate(finished(x)):
+                    name = output.with_stem(f"{output.stem}-step-{i:03d}")
+                    text = parameters(args, prompt, seed + k, *picture.size, f"step {i}")
+                    save(picture, name, text)
+        pictures = finished(x)
+        if args.n_rows:
+            rows = f"{count} in {args.n_rows} rows"
+            text = parameters(args, prompt, seed, *pictures[0].size, rows)
+            save(grid(pictures, args.n_rows), output, text)
+            continue
+        for k, picture in enumerate(pictures):
+            save(picture, output, parameters(args, prompt, seed + k, *picture.size))
 
 
 def make_parser():
@@ -2603,7 +2749,11 @@ def make_parser():
     g.add_argument("--prompt", metavar="TEXT",
                    help=f'what to paint (default: "{PROMPT}"; nothing with --image)')
     g.add_argument("--negative-prompt", default="", metavar="TEXT",
-                   help="what should not (default: nothing)")
+                   help="what not to paint (default: nothing)")
+    g.add_argument("--prompts", type=Path, metavar="FILE",
+                   help="paint each line of this text instead")
+    g.add_argument("--plain-prompt", action="store_true",
+                   help="read it as CLIP alone would: 75 tokens, brackets and all")
     g.add_argument("--width", type=int, metavar="N",
                    help="in pixels, a multiple of 64 (default: what the model was trained on)")
     g.add_argument("--height", type=int, metavar="N", help="likewise")
@@ -2623,7 +2773,10 @@ def make_parser():
     g.add_argument("--sampler", default="plms", choices=SAMPLERS,
                    help="how to walk from noise to picture (default: plms)")
     g.add_argument("--rng", default="torch", choices=RNGS,
-                   help="whose random numbers (default: torch)")
+                   help="whose random numbers: PyTorch's on a CPU, NumPy's, those of NVIDIA GPUs, "
+                        "MLX's (default: torch)")
+    g.add_argument("--from-png", type=Path, metavar="FILE",
+                   help="as this picture was made; other options given count more")
     g = p.add_argument_group("from a picture")
     g.add_argument("--image", type=Path, metavar="FILE",
                    help="begin with this; if a part is transparent or pure green, paint only that")
@@ -2632,44 +2785,76 @@ def make_parser():
                         "nothing (default: 0.75, and 1 where only a part is painted)")
     g.add_argument("--mask", type=Path, metavar="FILE",
                    help="paint only where this picture is white")
+    g.add_argument("--controlnet", action="append", default=[], metavar="FILE[:WEIGHT]",
+                   help="a ControlNet; may be repeated")
+    g.add_argument("--control-image", action="append", default=[], metavar="FILE",
+                   help="what it is to follow, such as edges; one for each")
     g = p.add_argument_group("with what, and where to")
     g.add_argument("--model", type=Path, default=TINY, metavar="FILE",
                    help="a flat file; or a checkpoint or diffusers folder, which is converted once "
                         "(default: the miniature that comes with this program)")
+    g.add_argument("--lora", action="append", default=[], metavar="FILE[:STRENGTH]",
+                   help="a LoRA; may be repeated")
+    g.add_argument("--words", action="append", default=[], metavar="FILE",
+                   help="a textual inversion, whose name becomes a word; may be repeated")
+    g.add_argument("--clip-skip", type=int, metavar="N",
+                   help="2: leave out the text model's last layer, and so on (default: 1)")
+    g.add_argument("--no-safety-check", dest="safety_check", action="store_false",
+                   help="show what the model's safety checker, if it has one, would black out")
     g.add_argument("--dtype", choices=DTYPES,
                    help="to compute in (default: float32 on a CPU, float16 on a GPU)")
     g.add_argument("--low-memory", action="store_true",
                    help="one network in memory at a time, one picture at a time, the VAE in tiles")
     g.add_argument("--output", type=Path, default=Path("out.png"), metavar="FILE",
                    help="a .png; if it exists, -2, -3 ... is added to the name (default: out.png)")
+    g.add_argument("--save-every", type=int, metavar="N",
+                   help="also the picture after every N steps, as NAME-step-010.png")
+    g.add_argument("--decode-batch", type=int, default=1, metavar="N",
+                   help="how many to decode at once: faster on a GPU, more memory (default: 1)")
     g.add_argument("--show-tokens", action="store_true",
                    help="only print how the prompt is cut into tokens")
     # fmt: on
     return p
 
 
+def check_arguments(args):
+    if args.n_rows is not None and not 1 <= args.n_rows <= args.n_images:
+        message = f"--n-rows {args.n_rows} can't be with {args.n_images} pictures."
+        raise ValueError(f"{message} See --n-images.")
+    if args.n_rows and mx.distributed.init().size() > 1:
+        raise ValueError("--n-rows can't be with several processes: each paints some of them.")
+    for name in ("save_every", "decode_batch"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value} can't be: at least 1.")
+    if args.prompt is not None and args.prompts and not args.from_png:
+        raise ValueError("--prompt and --prompts can't be together: add it to the file.")
+
+
 def main(argv=None):
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
     for stream in (sys.stdout, sys.stderr):  # a name or a prompt may hold what it can't show
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        if args.n_rows is not None and not 1 <= args.n_rows <= args.n_images:
-            message = f"--n-rows {args.n_rows} can't be with {args.n_images} pictures."
-            raise ValueError(f"{message} See --n-images.")
+        if args.from_png:
+            parser.set_defaults(**read_parameters(args.from_png))
+            args = parser.parse_args(argv)
+        check_arguments(args)
         if args.prompt is None:
             args.prompt = "" if args.image else PROMPT
         if not args.show_tokens:
             check_output(args.output)
-        model = LowMemory if args.low_memory else StableDiffusion
-        sd = model(flat_file(args.model), args.dtype)
-        args.dtype = str(sd.dtype).removeprefix("mlx.core.")
-        args.cfg = sd.config["cfg"] if args.cfg is None else args.cfg
+        sd = model_of(args)
         if args.show_tokens:
             return show_tokens(sd.tokenizer, args.prompt)
         way = way_of(sd, args)
+        sd = with_controls(way.sd if way else sd, args)
+        if way:
+            way.sd = sd
         for option, text in (("prompt", args.prompt), ("negative prompt", args.negative_prompt)):
-            if unread := sd.tokenizer.unread(text):
+            if args.plain_prompt and (unread := sd.tokenizer.unread(text)):
                 print(f'sd.py: the {option} is too long. Not read: "{unread}"', file=sys.stderr)
         paint(sd, args, way)
     except (ValueError, OSError) as error:

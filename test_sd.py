@@ -48,11 +48,12 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from mlx.utils import tree_flatten
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPTextModel
 
 import convert_weights
 import sd
@@ -1108,6 +1109,38 @@ def test_what_was_not_to_be_painted_does_not_change(tiny, drawn, hole):
         tiny.inpaint("", picture)
 
 
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+def test_a_model_of_nine_channels_is_recognised_and_run_as_in_diffusers(
+    tiny_pipeline, tmp_path, drawn, hole, strength
+):
+    config = dict(tiny_pipeline.unet.config) | {"in_channels": 9}
+    config.pop("_use_default_values")  # which would make it 4 again
+    unet = UNet2DConditionModel.from_config(config).eval()
+    weights = tiny_pipeline.unet.state_dict()
+    more = torch.randn(64, 5, 3, 3, generator=torch.Generator().manual_seed(0)) / 20
+    weights["conv_in.weight"] = torch.cat([weights["conv_in.weight"], more], dim=1)
+    unet.load_state_dict(weights)
+    parts = tiny_pipeline.components | {"unet": unet, "scheduler": scheduler(DDIMScheduler)}
+    theirs = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+    truth = theirs(
+        "a green tree", image=drawn, mask_image=Image.fromarray((hole * 255).astype(np.uint8)),
+        strength=strength, num_inference_steps=10, guidance_scale=3, width=128, height=128,
+        generator=torch.Generator().manual_seed(9), output_type="latent",
+    ).images  # fmt: skip
+    theirs.save_pretrained(tmp_path / "inpainting")
+    flat = convert(tmp_path / "inpainting", dtype="float32", log=lambda line: None)
+    picture, _ = sd.load_picture(drawn)
+    for model in (sd.StableDiffusion(flat), sd.LowMemory(flat)):
+        assert model.config["unet"]["channels"] == 9
+        way = sd.Inpainting(model, picture, hole, strength)
+        *_, x = way.sd.generate_latents(
+            "a green tree", steps=10, cfg=3, seed=9, sampler="ddim", variations=[way.vary]
+        )
+        assert_close(nchw(x), truth, 1e-3)
+    done = cli("--model", flat, "--output", tmp_path / "a.png")
+    assert done.returncode == 2 and "--mask" in done.stderr
+
+
 # %% 11. LoRA --------------------------------------------------------------------------------------
 
 RANK, ALPHA = 4, 2.5
@@ -1411,6 +1444,196 @@ def test_a_controlnet_for_the_mood_corrects_all_places_alike(
     for a, b in zip(ours, [*down, middle]):
         b = b.mean((2, 3), keepdim=True) if b.shape[2] > 1 else b
         assert_close(nchw(a), b, 1e-5)
+
+
+# %% 13. Prompts -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "prompt, pieces",
+    [  # the first eight are the examples in AUTOMATIC1111's own documentation of its parser
+        ("normal text", [("normal text", 1.0)]),
+        ("an (important) word", [("an ", 1.0), ("important", 1.1), (" word", 1.0)]),
+        ("(unbalanced", [("unbalanced", 1.1)]),
+        (r"\(literal\]", [("(literal]", 1.0)]),
+        ("(unnecessary)(parens)", [("unnecessaryparens", 1.1)]),
+        (
+            "a (((house:1.3)) [on] a (hill:0.5), sun, (((sky))).",
+            [
+                ("a ", 1.0), ("house", 1.573), (" ", 1.1), ("on", 1.0), (" a ", 1.1),
+                ("hill", 0.55), (", sun, ", 1.1), ("sky", 1.4641), (".", 1.1),
+            ],
+        ),
+        ("a cat BREAK a dog", [("a cat", 1.0), ("BREAK", None), ("a dog", 1.0)]),
+        ("BREAKFAST", [("BREAKFAST", 1.0)]),
+        ("a) b] c:1.3) 10:30", [("a) b] c:1.3) 10:30", 1.0)]),
+        (r"\\ \( \n", [(r"\ ( \n", 1.0)]),
+        ("", []),
+        ("((((((", []),
+        ("(a:0)", [("a", 0.0)]),
+        ("(a:-.5)", [("a", -0.5)]),
+    ],
+)  # fmt: skip
+def test_brackets_weigh_as_elsewhere(prompt, pieces):
+    found = sd.weigh(prompt)
+    assert [piece for piece, _ in found] == [piece for piece, _ in pieces]
+    for (_, weight), (_, truth) in zip(found, pieces):
+        assert weight == truth or weight == pytest.approx(truth)
+
+
+def test_a_prompt_without_marks_is_read_as_clip_reads_it(tiny):
+    for prompt in ("", "a red house", "two cats, 3 dogs! " * 4):
+        ours, plain = tiny.contexts([prompt, ""]), sd.plain_contexts(tiny, [prompt, ""])
+        assert mx.array_equal(ours, plain)
+
+
+def test_weights_scale_vectors_and_keep_their_mean(tiny):
+    """(C z) m / m': written out in float64."""
+    plain = np.array(sd.plain_contexts(tiny, ["a red house"]), np.float64)
+    for prompt, weight in (("a (red:1.5) house", 1.5), ("a [red] house", 1 / 1.1)):
+        weights = np.ones((1, 77, 1))
+        weights[:, 2] = weight  # behind START and "a"
+        truth = plain * weights * plain.mean() / (plain * weights).mean()
+        assert_close(tiny.contexts([prompt]), truth, 1e-5)
+
+
+def test_long_prompts_are_read_in_chunks_of_75(tiny, monkeypatch):
+    words = [f"word {i % 10}" for i in range(60)]  # two tokens each
+    context = tiny.contexts([" ".join(words), "a tree"])
+    assert context.shape == (2, 154, 32)
+    text = " ".join(" ".join(words).split())
+    ids = [i for _, _, word in tiny.tokenizer.words(text) for i in word]
+    assert len(ids) == 120
+    rows = [[49406, *ids[:75], 49407], [49406, *ids[75:], *[49407] * 31]]
+    truth = tiny.text_encoder(mx.array(rows)).reshape(1, 154, 32)
+    assert_close(context[:1], truth, 1e-5)
+    empty = sd.plain_contexts(tiny, ["a tree", ""])
+    assert_close(context[1:], empty.reshape(1, 154, 32), 1e-5)
+    broken = tiny.contexts(["a red house BREAK at night"])
+    assert_close(
+        broken, sd.plain_contexts(tiny, ["a red house", "at night"]).reshape(1, 154, 32), 1e-5
+    )
+    monkeypatch.setattr(tiny, "plain_prompt", True, raising=False)
+    assert tiny.contexts([" ".join(words)]).shape == (1, 77, 32)
+    assert len(tiny.txt2img("(a tree) " * 90, steps=1)) == 1
+
+
+def test_long_prompts_paint_as_in_diffusers_with_their_embeddings(tiny, tiny_pipeline):
+    prompt = "a red house, " * 30
+    context = torch.from_numpy(np.array(tiny.contexts([prompt, ""])))
+    tiny_pipeline.scheduler = scheduler(DDIMScheduler)
+    truth = tiny_pipeline(
+        prompt_embeds=context[:1], negative_prompt_embeds=context[1:], num_inference_steps=5,
+        guidance_scale=3, width=128, height=128, generator=torch.Generator().manual_seed(3),
+        output_type="np",
+    ).images  # fmt: skip
+    *_, x = tiny.generate_latents(prompt, steps=5, seed=3, cfg=3, sampler="ddim")
+    assert np.abs(np.array(tiny.decode(x)) - truth).max() <= 1e-3
+
+
+def test_a_textual_inversion_becomes_a_word(tiny, tiny_pipeline, their_tokenizer, run, tmp_path):
+    """Against diffusers' load_textual_inversion; all forms of file are the same."""
+    vectors = torch.randn(2, 32, generator=torch.Generator().manual_seed(0)) / 4
+    pipeline = StableDiffusionPipeline(
+        **tiny_pipeline.components
+        | {"text_encoder": copy.deepcopy(tiny_pipeline.text_encoder)}
+        | {"tokenizer": copy.deepcopy(their_tokenizer)},
+        requires_safety_checker=False,
+    )
+    pipeline.load_textual_inversion({"<my-cat>": vectors}, token="<my-cat>")
+    prompt = pipeline.maybe_convert_prompt("a red <my-cat> at night", pipeline.tokenizer)
+    ids = pipeline.tokenizer(prompt, padding="max_length", return_tensors="pt").input_ids
+    truth = pipeline.text_encoder(ids).last_hidden_state
+    param = {"string_to_token": {"*": 265}, "string_to_param": {"*": vectors}, "name": "my"}
+    torch.save(param, tmp_path / "<my-cat>.pt")
+    torch.save({"<my-cat>": vectors}, tmp_path / "learned_embeds.bin")
+    save_file({"<my-cat>": vectors}, tmp_path / "learned.safetensors")
+    save_file({"emb_params": vectors}, tmp_path / "<my-cat>.safetensors")
+    for name in (
+        "<my-cat>.pt",
+        "learned_embeds.bin",
+        "learned.safetensors",
+        "<my-cat>.safetensors",
+    ):
+        (read,) = run(tmp_path / name).items()
+        assert read[0] == "<my-cat>" and torch.equal(read[1], vectors), name
+        assert run.config == {"kind": "words"}
+    model = sd.StableDiffusion(changes=[sd.words(tmp_path / "out.safetensors")])
+    assert_close(model.contexts(["a red <my-cat> at night"]), truth, 1e-5)
+    frugal = sd.LowMemory(changes=[sd.words(tmp_path / "out.safetensors")])
+    for one in (model, frugal, model):
+        assert_close(one.contexts(["a red <my-cat> at night"]), truth, 1e-5)
+        one.txt2img("<my-cat>", steps=1)
+    with pytest.raises(ValueError, match="another text model"):
+        save_file({"emb_params": torch.ones(1, 768)}, tmp_path / "wide.safetensors")
+        flat = convert(tmp_path / "wide.safetensors", log=lambda line: None)
+        sd.StableDiffusion(changes=[sd.words(flat)])
+
+
+@pytest.mark.parametrize("skip", [1, 2, 3])
+def test_clip_skip_reads_fewer_layers(tiny, tiny_pipeline, skip):
+    ids = torch.tensor([tiny.tokenizer.encode("a red house")])
+    text = tiny_pipeline.text_encoder
+    hidden = text(ids, output_hidden_states=True).hidden_states[-skip]
+    norm = (text.text_model if hasattr(text, "text_model") else text).final_layer_norm
+    model = sd.StableDiffusion(changes=[sd.clip_skip(skip)])
+    assert_close(model.contexts(["a red house"]), norm(hidden) if skip > 1 else text(ids)[0], 1e-5)
+    for wrong in (0, 4):
+        with pytest.raises(ValueError, match="clip_skip"):
+            sd.StableDiffusion(changes=[sd.clip_skip(wrong)])
+
+
+# %% 14. Safety checker ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checker():
+    vision = {
+        "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3,
+        "num_attention_heads": 2, "image_size": 224, "patch_size": 14, "projection_dim": 48,
+        "hidden_act": "quick_gelu",
+    }  # fmt: skip
+    config = CLIPConfig(vision_config=vision, projection_dim=48)
+    return shake(StableDiffusionSafetyChecker(config).eval())
+
+
+def test_the_safety_checker_is_that_of_diffusers(tiny_pipeline, checker, tmp_path):
+    rng = np.random.default_rng(0)
+    sizes = ((224, 224), (300, 200), (128, 128), (97, 251), (512, 768))
+    pictures = [Image.fromarray(rng.integers(0, 255, (h, w, 3), np.uint8)) for w, h in sizes]
+    see = CLIPImageProcessor()  # the one that resizes with Pillow, as torchvision is not here
+    pixels = see(pictures, return_tensors="pt").pixel_values
+    seen = checker.visual_projection(checker.vision_model(pixels)[1])
+    cosine = torch.nn.functional.cosine_similarity(seen[:, None], checker.concept_embeds, dim=2)
+    special = torch.nn.functional.cosine_similarity(
+        seen[:, None], checker.special_care_embeds, dim=2
+    )
+    path = None
+    for case in range(6):  # thresholds so that some are flagged, some only by the extra caution
+        checker.concept_embeds_weights.copy_(cosine.max(0).values + 0.004 * (case - 2))
+        checker.special_care_embeds_weights.copy_(special.max(0).values - 0.002 * (case % 3 - 1))
+        if path is None:
+            tiny_pipeline.save_pretrained(tmp_path / "model")
+        checker.save_pretrained(tmp_path / "model" / "safety_checker")
+        path = convert(tmp_path / "model", dtype="float32", log=lambda line: None)
+        model = sd.StableDiffusion(path)
+        _, truth = checker(clip_input=pixels, images=np.zeros((len(pictures), 8, 8, 3)))
+        shown, flagged = model.checked(pictures)
+        assert flagged == [i for i, flag in enumerate(truth) if flag], case
+        for i, (picture, before) in enumerate(zip(shown, pictures)):
+            assert picture.getextrema() == ((0, 0),) * 3 if i in flagged else picture is before
+    for picture, truth in zip(pictures, seen):
+        assert_close(model.safety.look(picture)[0], truth, 1e-5)
+    # From the command line: all is flagged, and it says so; and it can be turned off.
+    checker.concept_embeds_weights.fill_(-2)
+    checker.save_pretrained(tmp_path / "model" / "safety_checker")
+    path = convert(tmp_path / "model", log=lambda line: None)
+    done = cli("--model", path, "--steps", 1, "--seed", 5, "--output", tmp_path / "a.png")
+    assert done.returncode == 0 and "blacked out seed 5" in done.stderr
+    assert Image.open(tmp_path / "a.png").getextrema() == ((0, 0),) * 3
+    more = ("--no-safety-check", "--output", tmp_path / "b.png")
+    assert "black" not in cli("--model", path, "--steps", 1, *more).stderr
+    assert Image.open(tmp_path / "b.png").getextrema() != ((0, 0),) * 3
 
 
 # %% 15. Random numbers ----------------------------------------------------------------------------
@@ -1891,16 +2114,12 @@ def test_zero_is_a_value(tmp_path):
     assert "CFG scale: 0.0, Seed: 0," in Image.open(tmp_path / "a.png").text["parameters"]
 
 
-def test_a_long_prompt_is_cut_with_a_warning_that_names_the_rest(tmp_path):
-    result = cli(
-        "--prompt",
-        "a red house " * 25 + "at the very end",
-        "--steps",
-        1,
-        "--output",
-        tmp_path / "a.png",
-    )
+def test_a_long_prompt_is_cut_with_a_warning_only_when_read_as_clip_does(tmp_path):
+    options = ("--prompt", "a red house " * 25 + "at the very end", "--steps", 1)
+    result = cli(*options, "--plain-prompt", "--output", tmp_path / "a.png")
     assert result.returncode == 0 and '"at the very end"' in result.stderr
+    result = cli(*options, "--output", tmp_path / "b.png")
+    assert result.returncode == 0 and "end" not in result.stderr
 
 
 def test_an_empty_prompt_paints(tmp_path):
@@ -2648,8 +2867,7 @@ def test_a_vae_can_come_from_anywhere(tmp_path, folder, weights, networks, flat,
         ({"lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": (4, 320)}, "LoRA"),
         ({"unet.down_blocks.0.attentions.0.attn1.to_q.lora_A.weight": (4, 320)}, "LoRA"),
         ({"base_model.model.down.to_q.lora_A.default.weight": (4, 320)}, "LoRA"),
-        ({"emb_params": (2, 768)}, "textual inversion"),
-        ({"<cat>": (768,)}, "textual inversion"),
+        ({"clip_l": (2, 768), "clip_g": (2, 1280)}, "textual inversion of SDXL"),
         (
             {"control_model.zero_convs.0.0.weight": (3,), "model.diffusion_model.out.0.bias": (3,)},
             "ControlNet",
@@ -2667,8 +2885,8 @@ def test_a_vae_can_come_from_anywhere(tmp_path, folder, weights, networks, flat,
         ({"model.diffusion_model.label_emb.0.0.weight": (3,)}, "unCLIP"),
         ({"depth_model.model.bias": (3,)}, "depth-to-image"),
         (
-            {"model.diffusion_model.input_blocks.0.0.weight": (32, 9, 3, 3)},
-            "inpainting (a UNet of 9 channels)",
+            {"model.diffusion_model.input_blocks.0.0.weight": (32, 8, 3, 3)},
+            "instruct-pix2pix (a UNet of 8 channels)",
         ),
         ({"model.diffusion_model.input_blocks.0.0.weight": (32, 8, 3, 3)}, "instruct-pix2pix"),
         ({"model.diffusion_model.input_blocks.0.0.weight": (32, 4, 3, 3)}, "no text encoder"),
