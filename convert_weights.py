@@ -697,6 +697,44 @@ def read_prediction(path):
     return kinds[told]
 
 
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def fetch(name, log):
+    """A diffusers repository on the Hugging Face hub -> the folder that its needed files are in."""
+    by_hand = ", ".join(["model_index.json", *(f"{part}/*" for part in MODEL), "scheduler/*"])
+    try:
+        import huggingface_hub as hub
+    except ImportError:
+        raise ConversionError(
+            f"{name} is no file here. To fetch it from the Hugging Face hub: pip install "
+            f"huggingface_hub; or download by hand from https://huggingface.co/{name} these, and "
+            f"give their folder: {by_hand}"
+        ) from None
+    try:
+        there = hub.list_repo_files(name)
+        wanted = [f for f in there if f in ("model_index.json", "tokenizer/merges.txt")]
+        wanted += [f for f in there if re.fullmatch(r"\w+/(scheduler_)?config\.json", f)]
+        for part in (*MODEL, "safety_checker"):
+            wanted += hub_weights(there, part)
+        log(f"fetching {len(wanted)} files of {name} from the Hugging Face hub")
+        return Path(hub.snapshot_download(name, allow_patterns=wanted))
+    except (OSError, ValueError) as error:
+        why = shown(str(error).strip().split("\n")[0], 200)
+        raise ConversionError(f"{name} can't be fetched from the Hugging Face hub: {why}") from None
+
+
+def hub_weights(there, part):
+    """The smallest complete form of a network's weights: half precision, safetensors, shards."""
+    for variant, ending in ((".fp16", 0), ("", 0), (".fp16", 1), ("", 1)):
+        stem, _, end = PARTS[part][ending].rpartition(".")
+        pattern = rf"{part}/{stem}{variant}(-\d+-of-\d+)?\.{end}(\.index(\.fp16)?\.json)?"
+        pattern += rf"|{part}/{stem}\.{end}\.index{variant}\.json"
+        if found := [f for f in there if re.fullmatch(pattern, f)]:
+            return found
+    return []
+
+
 def add_part(source, folder, part):
     """Add one network's tensors, named "unet/conv_in.weight", and its config's numbers."""
     config = read_json(folder / "config.json")
@@ -1648,6 +1686,9 @@ def convert(
 
     Raises ConversionError, and then there is no output, and an older one is as it was.
     """
+    if not Path(source).parent.is_dir() and HUB_NAME.fullmatch(str(source)):
+        output = output or f"{str(source).split('/')[1]}.flat.safetensors"
+        source = fetch(str(source), log)
     source = Path(source)
     if dtype not in DTYPES:
         raise ConversionError(f"dtype is {dtype}; it can be {', '.join(DTYPES)}.")
@@ -1796,7 +1837,11 @@ def main(argv=None):
     p = argparse.ArgumentParser(
         description="Turn a Stable Diffusion 1.x or 2.x checkpoint into the flat file sd.py reads."
     )
-    p.add_argument("source", metavar="SOURCE", help="a .ckpt, a .safetensors or a diffusers folder")
+    p.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a .ckpt, .safetensors or diffusers folder, or org/name on the Hugging Face hub",
+    )
     out = "the file to write (default: SOURCE's name with .flat.safetensors, beside it)"
     p.add_argument("-o", "--output", metavar="OUT", help=out)
     kept = "how exactly to keep the numbers (default: float16, as most models are shared)"

@@ -10,6 +10,8 @@ Where Winograd's convolution is used, which adds and subtracts larger numbers, i
 """
 
 import copy
+import hashlib
+import http.server
 import importlib.util
 import io
 import json
@@ -23,7 +25,9 @@ import struct
 import subprocess
 import sys
 import tarfile
+import threading
 import tomllib
+import urllib.parse
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -2771,6 +2775,75 @@ def test_an_sd2_folder_and_the_sd2_file_are_the_same(tmp_path, second, second_we
     assert config | {"size": 768} == run.config and config["size"] == 512  # sample_size was 64
 
 
+@pytest.fixture
+def hub(folder):
+    """A hub on this machine with the one repository org/name; -> its address, what was asked."""
+    asked, sha = [], "a" * 40
+    files = [f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()]
+    files += ["unet/flax_model.msgpack", "unet/diffusion_pytorch_model.fp16.bin", "README.md"]
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def answer(self, body, **headers):
+            self.send_response(200)
+            for name, value in (headers | {"Content-Length": str(len(body))}).items():
+                self.send_header(name.replace("_", "-"), value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        def do_GET(self):
+            path = urllib.parse.unquote(self.path.split("?")[0])
+            if path in ("/api/models/org/name/tree/main", f"/api/models/org/name/tree/{sha}"):
+                tree = [{"type": "file", "path": f, "size": 1, "oid": "b" * 40} for f in files]
+                self.answer(json.dumps(tree).encode(), Content_Type="application/json")
+            elif path == "/api/models/org/name/revision/main":
+                info = {"id": "org/name", "sha": sha, "siblings": [{"rfilename": f} for f in files]}
+                self.answer(json.dumps(info).encode(), Content_Type="application/json")
+            elif path.startswith(f"/org/name/resolve/{sha}/"):
+                name = path.split(sha + "/")[1]
+                asked.append(name)
+                body = (folder / name).read_bytes()
+                self.answer(body, ETag=f'"{hashlib.sha1(body).hexdigest()}"', X_Repo_Commit=sha)
+            else:
+                self.send_error(404)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}, asked
+        server.shutdown()
+
+
+def test_a_name_on_the_hub_is_fetched_and_converted(hub, flat, tmp_path):
+    more, asked = hub
+    env = os.environ | more | {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
+    env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+    def converted(name):
+        command = [sys.executable, HERE / "convert_weights.py", name, "--dtype", "float32"]
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=300, check=False
+        )
+
+    done = converted("org/name")
+    assert done.returncode == 0, done.stderr
+    same(load_file(tmp_path / "name.flat.safetensors"), flat)
+    assert "README.md" not in asked and not any("flax" in f or "fp16" in f for f in asked)
+    done = converted("org/other")
+    assert done.returncode == 2 and "org/other can't be fetched" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_without_the_hubs_package_it_says_what_to_fetch(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    message = refused(capsys, "org/name", "pip install", "model_index.json", "unet/*")
+    assert "https://huggingface.co/org/name" in message
+
+
 def copied(folder, to, changes):
     """The folder again, with other fields in some of its JSON files."""
     shutil.copytree(folder, to)
@@ -3286,6 +3359,7 @@ def test_nothing_else_is_imported():
         )
         assert len(tops) > 8
         allowed = {"mlx", "numpy", "safetensors", "regex", "PIL", "convert_weights"}
+        allowed |= {"huggingface_hub"} if name == "convert_weights" else set()  # where it is there
         assert set(tops) <= allowed | set(sys.stdlib_module_names)
 
 
