@@ -2700,7 +2700,7 @@ def paint(sd, args, way):
     end = "\r" if sys.stderr.isatty() else "\n"
     prompts = read_prompts(args.prompts) if args.prompts else [args.prompt]
 
-    def finished(x):
+    def finished(x, seed):
         pictures = sd.to_pictures(x, args.decode_batch)
         pictures = way.finish(pictures) if way else pictures
         pictures, flagged = sd.checked(pictures) if args.safety_check else (pictures, [])
@@ -2710,28 +2710,28 @@ def paint(sd, args, way):
 
     for prompt, first, count, number in share_of_this_process(prompts, args.n_images):
         seed, start, x = args.seed + first, time.perf_counter(), None
-        several = number > 0 and mx.distributed.init().size() > 1
-        output = (
-            args.output.with_stem(f"{args.output.stem}-{number + 1}") if several else args.output
-        )
+
+        def keep(picture, k, number=number, prompt=prompt, seed=seed, step=None, images=1):
+            path, stem = args.output, args.output.stem
+            if mx.distributed.init().size() > 1 and number + k:  # not the names of other processes
+                path = path.with_stem(f"{stem}-{number + k + 1}")
+            path = path if step is None else path.with_stem(f"{path.stem}-step-{step:03d}")
+            save(picture, path, parameters(args, prompt, seed + k, *picture.size, images))
+
         walk = sd.generate_latents(prompt, seed=seed, n_images=count, **options)
         for i, x in enumerate(walk, 1):
             pace = (time.perf_counter() - start) / i
             line = f"step {i}/{steps}  {pace:.2f} s a step  {pace * (steps - i):.0f} s left "
             print(line, end=end if i < steps else "\n", file=sys.stderr, flush=True)
             if args.save_every and i % args.save_every == 0 and i < steps:
-                for k, picture in enumerate(finished(x)):
-                    name = output.with_stem(f"{output.stem}-step-{i:03d}")
-                    text = parameters(args, prompt, seed + k, *picture.size, f"step {i}")
-                    save(picture, name, text)
-        pictures = finished(x)
+                for k, picture in enumerate(finished(x, seed)):
+                    keep(picture, k, step=i, images=f"step {i}")
+        pictures = finished(x, seed)
         if args.n_rows:
-            rows = f"{count} in {args.n_rows} rows"
-            text = parameters(args, prompt, seed, *pictures[0].size, rows)
-            save(grid(pictures, args.n_rows), output, text)
-            continue
-        for k, picture in enumerate(pictures):
-            save(picture, output, parameters(args, prompt, seed + k, *picture.size))
+            keep(grid(pictures, args.n_rows), 0, images=f"{count} in {args.n_rows} rows")
+        else:
+            for k, picture in enumerate(pictures):
+                keep(picture, k)
 
 
 def make_parser():

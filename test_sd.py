@@ -55,6 +55,7 @@ from diffusers import (
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from mlx.utils import tree_flatten
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPTextModel
@@ -2044,6 +2045,24 @@ RED_HOUSE = str(HERE / "tiny" / "red-house.png")
         (["--image", RED_HOUSE, "--width", "100"], ["100", "64 or 128"]),
         (["--mask", "a.png"], ["--mask", "--image"]),
         (["--strength", "0.5"], ["--strength", "--image"]),
+        (["--image", RED_HOUSE, "--mask", "nowhere.png"], ["nowhere.png"]),
+        (["--lora", "nowhere.safetensors:0.5"], ["nowhere.safetensors"]),
+        (["--lora", str(HERE / "tiny" / "tiny.safetensors")], ["tiny.safetensors", "lora"]),
+        (["--controlnet", "a.safetensors"], ["--control-image"]),
+        (["--controlnet", "a.safetensors", "--control-image", RED_HOUSE], ["a.safetensors"]),
+        (["--words", "nowhere.pt"], ["nowhere.pt"]),
+        (["--clip-skip", "0"], ["clip_skip 0"]),
+        (["--clip-skip", "9"], ["clip_skip 9"]),
+        (["--save-every", "0"], ["--save-every 0"]),
+        (["--decode-batch", "-1"], ["--decode-batch -1"]),
+        (["--prompts", "nowhere.txt"], ["nowhere.txt"]),
+        (["--prompts", os.devnull], ["empty"]),
+        (["--prompts", RED_HOUSE], ["red-house.png"]),
+        (["--prompts", "a.txt", "--prompt", "b"], ["--prompts"]),
+        (["--from-png", "nowhere.png"], ["nowhere.png"]),
+        (["--from-png", str(HERE / "sd.py")], ["sd.py"]),
+        (["--from-png", str(HERE / "tiny" / "eight.png")], ["eight.png"]),
+        (["--sampler", "lcm", "--steps", "51"], ["lcm", "50"]),
         (["--seed", "1.5"], ["1.5"]),
     ],
 )  # fmt: skip
@@ -2070,6 +2089,86 @@ def test_a_picture_can_be_begun_with_and_painted_into(tmp_path, hole):
         np.asarray(Image.open(tmp_path / name).convert("RGB")) for name in ("start.png", "c.png")
     )
     assert np.array_equal(a[:30], c[:30]) and not np.array_equal(a, c)
+
+
+def test_files_of_others_are_converted_and_used(tmp_path, lora, controlnet):
+    save_file(kohya(lora), tmp_path / "style.safetensors")
+    controlnet.save_pretrained(tmp_path / "edges")
+    save_file({"emb_params": torch.randn(2, 32)}, tmp_path / "thing.safetensors")
+    options = (
+        "--lora", "style.safetensors:0.5", "--words", "thing.safetensors", "--clip-skip", 2,
+        "--controlnet", "edges:0.7", "--control-image", RED_HOUSE,
+        "--prompt", "a (thing:1.2)", "--steps", 2,
+    )  # fmt: skip
+    done = cli(*options, "--output", "a.png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "style.flat.safetensors").is_file() and "Converting" in done.stderr
+    done = cli(*options, "--output", "b.png", cwd=tmp_path)
+    assert done.returncode == 0 and "Converting" not in done.stderr
+    done = cli("--prompt", "a (thing:1.2)", "--steps", 2, "--output", "c.png", cwd=tmp_path)
+    a, b, c = (np.asarray(Image.open(tmp_path / f"{name}.png"), int) for name in "abc")
+    assert np.array_equal(a, b) and np.abs(a - c).mean() > 3
+    # And all of it again from the picture alone, with one thing changed.
+    done = cli("--from-png", "a.png", "--output", "d.png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert np.array_equal(a, np.asarray(Image.open(tmp_path / "d.png")))
+    assert Image.open(tmp_path / "d.png").text == Image.open(tmp_path / "a.png").text
+    cli("--from-png", "a.png", "--seed", 1, "--output", "e.png", cwd=tmp_path)
+    assert np.abs(a - np.asarray(Image.open(tmp_path / "e.png"), int)).mean() > 3
+
+
+def test_a_picture_is_made_again_from_what_it_says(tmp_path):
+    """Also from the text of other programs; whatever stands in a prompt."""
+    prompt = 'a "red" house, Steps: 3, at night\nNegative thoughts\nSteps: two'
+    options = ("--prompt", prompt, "--negative-prompt", "a: b, c", "--seed", 7, "--steps", 2)
+    options += ("--cfg", 2.5, "--sampler", "euler-a", "--rng", "philox", "--width", 192)
+    assert cli(*options, "--output", "a.png", cwd=tmp_path).returncode == 0
+    done = cli("--from-png", "a.png", "--output", "b.png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    a, b = Image.open(tmp_path / "a.png"), Image.open(tmp_path / "b.png")
+    assert np.array_equal(np.asarray(a), np.asarray(b)) and a.text == b.text
+    info = PngInfo()
+    info.add_text("parameters", "a tree\nSteps: 2, Sampler: Euler, Seed: 5, Size: 64x64, X: y")
+    Image.new("RGB", (64, 64)).save(tmp_path / "other.png", pnginfo=info)
+    assert cli("--from-png", "other.png", "--output", "c.png", cwd=tmp_path).returncode == 0
+    assert Image.open(tmp_path / "c.png").size == (64, 64)
+    assert "Seed: 5" in Image.open(tmp_path / "c.png").text["parameters"]
+
+
+def test_a_file_of_prompts_is_painted_line_by_line(tmp_path):
+    (tmp_path / "p.txt").write_text("a red house\n\na blue boat\n", "utf-8")
+    done = cli("--prompts", "p.txt", "--steps", 2, "--n-images", 2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    said = [
+        Image.open(tmp_path / f).text["parameters"] for f in ("out.png", "out-2.png", "out-3.png")
+    ]
+    assert [text.split("\n")[0] for text in said] == ["a red house", "a red house", "a blue boat"]
+    assert ["Seed: 42" in text for text in said] == [True, False, True]
+
+
+def test_pictures_on_the_way_are_kept(tmp_path):
+    done = cli("--steps", 5, "--save-every", 2, "--n-images", 2, "--decode-batch", 2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    names = {f.name for f in tmp_path.iterdir()}
+    assert names == {
+        "out.png", "out-2.png", "out-step-002.png", "out-step-002-2.png",
+        "out-step-004.png", "out-step-004-2.png",
+    }  # fmt: skip
+
+
+def test_two_processes_paint_the_pictures_of_one(tmp_path):
+    options = ["--steps", "2", "--n-images", "3", "--width", "64", "--height", "64"]
+    launch = [Path(sys.executable).with_name("mlx.launch"), "-n", "2", sys.executable]
+    command = [*launch, HERE / "sd.py", *options, "--output", "two.png"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False
+    )
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["two-2.png", "two-3.png", "two.png"], done
+    assert cli(*options, "--output", "one.png", cwd=tmp_path).returncode == 0
+    for end in (".png", "-2.png", "-3.png"):
+        one, two = (Image.open(tmp_path / f"{name}{end}") for name in ("one", "two"))
+        assert one.text == two.text
+        assert np.abs(np.asarray(one, int) - np.asarray(two, int)).max() <= 1
 
 
 def test_a_checkpoint_is_converted_once_and_again_when_it_changed(tmp_path, monkeypatch):
