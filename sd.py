@@ -35,15 +35,20 @@ Letters, the same throughout part I:
     cfg      classifier-free guidance: how far to go from eps without the prompt to eps with it
 
 How to read: part I, sections 1 to 7, is Stable Diffusion; stop there and you have seen all of it.
-Part III holds no diffusion. (The variations of part II are still to come.)
+Part II's sections can be read in any order. Part III holds no diffusion.
 
 I    1 Tokenizer   2 Layers   3 CLIP   4 UNet   5 VAE   6 Schedule, DDIM, PLMS   7 Text to image
-III  8 Random numbers   9 The same, faster   10 Files, and less memory   11 Command line
+II   8 From a picture   9 Inpainting   10 More samplers   11 LoRA   12 ControlNet   13 Prompts
+     14 Safety checker
+III  15 Random numbers   16 The same, faster   17 Files, and less memory   18 Command line
 
-[1] Rombach et al. 2022, arXiv 2112.10752 (latent diffusion)  [2] Ho et al. 2020, 2006.11239 (DDPM)
-[3] Song et al. 2021, 2010.02502 (DDIM)                       [4] Liu et al. 2022, 2202.09778 (PLMS)
-[5] Radford et al. 2021, 2103.00020 (CLIP)                    [6] Ho et al. 2022, 2207.12598 (cfg)
-[7] Salimans, Ho 2022, 2202.00512 (v-prediction)
+ [1] Rombach et al. 2022, arXiv 2112.10752 (latent diffusion)  [2] Ho et al. 2020, 2006.11239 (DDPM)
+ [3] Song et al. 2021, 2010.02502 (DDIM)                       [4] Liu et al. 2022, 2202.09778 (PLMS)
+ [5] Radford et al. 2021, 2103.00020 (CLIP)                    [6] Ho et al. 2022, 2207.12598 (cfg)
+ [7] Salimans, Ho 2022, 2202.00512 (v-prediction)              [8] Meng et al. 2021, 2108.01073
+ [9] Karras et al. 2022, 2206.00364                           [10] Lu et al. 2022, 2211.01095
+[11] Luo et al. 2023, 2310.04378 (LCM)                        [12] Hu et al. 2021, 2106.09685 (LoRA)
+[13] Zhang et al. 2023, 2302.05543 (ControlNet)               [14] Gal et al. 2022, 2208.01618
 In brackets behind a class: where the original has it, in CompVis' stable-diffusion under ldm/.
 """
 # /// script
@@ -189,7 +194,7 @@ class Tokenizer:
 
 # %% 2. Layers -------------------------------------------------------------------------------------
 # What the three networks are made of: eight functions, and small classes that keep weights for
-# them. The functions stand apart because section 9 swaps them for faster ones of the same name;
+# them. The functions stand apart because section 16 swaps them for faster ones of the same name;
 # what you read here is what they mean.
 #
 # Arrays are (b, n, c) for sequences and (b, h, w, c) for pictures: channels last, as MLX wants
@@ -2311,7 +2316,7 @@ def fill(network, weights, prefix, dtype):
     """Give a network its weights: each parameter one tensor of its shape, none left over.
 
     They are still on the disk: MLX reads each when it is first used. On a CPU matrices that have
-    16 bits in the file keep them, for section 9 widens them in passing; it takes half the memory.
+    16 bits in the file keep them, for section 16 widens them in passing; it takes half the memory.
     """
     start = prefix + "."
     given = {name[len(start) :]: w for name, w in weights.items() if name.startswith(start)}
