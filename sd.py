@@ -1456,13 +1456,18 @@ def keep_memory():
     It would give it back to the system and ask for it anew, and the system clears every page:
     a VAE decode to 512 x 512 took 10 s that way, and takes 6.9 s so. Up to 1 GB stays.
     """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # another C library
-        return
     M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
-    mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, 1 << 30)
+    call_glibc("mallopt", M_MMAP_MAX, 0)
+    call_glibc("mallopt", M_TRIM_THRESHOLD, 1 << 30)
+
+
+def call_glibc(name, *arguments):
+    """Nothing where there is another C library."""
+    try:
+        function = getattr(ctypes.CDLL(None), name)
+    except (AttributeError, OSError, TypeError):
+        return
+    function(*arguments)
 
 
 if on_cpu():
@@ -1653,6 +1658,7 @@ class LowMemory(StableDiffusion):
         """Forget a network's weights until it is called again."""
         fill(network, read_flat(self.path)[1], name, dtype)
         mx.clear_cache()
+        call_glibc("malloc_trim", 0)  # also what keep_memory keeps
 
     def guided(self, *arguments):
         self.let_go("vae", self.vae, mx.float32)
