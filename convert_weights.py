@@ -25,6 +25,7 @@ needs it and its shape is the expected one. Whatever goes wrong ends in one sent
 
 import argparse
 import contextlib
+import hashlib
 import io
 import itertools
 import json
@@ -1828,6 +1829,42 @@ def account(source, found, unet, vae_path, log):
     if unknown:
         few = ", ".join(shown(name) for name in sorted(unknown)[:5])
         log(f"warning: {len(unknown)} tensors are unknown and were left out: {few}")
+
+
+def flat_file(path, log):
+    """What sd.py reads in place of path: made from it before, or now.
+
+    It is kept beside the source, or in the cache folder where that can't be written or the name is
+    taken. It says in its header from which files it was made, with their sizes and times, and is
+    used again only for these.
+    """
+    path = path.resolve()
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+    facts = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    made_from = hashlib.sha256(repr(facts).encode(errors="surrogateescape")).hexdigest()
+    name = (path.name if path.is_dir() else path.stem) + ".flat.safetensors"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "sd.py"
+    beside, cached = path.parent / name, cache / f"{made_from[:12]}-{name}"
+    for place in (beside, cached):
+        if made_from_of(place) == made_from:
+            log(f"using {place}, made from {path.name} before")
+            return place
+    # Only what was made in this way before may be replaced.
+    free = not os.path.lexists(beside) or made_from_of(beside)
+    place = beside if free and os.access(path.parent, os.W_OK) else cached
+    place.parent.mkdir(parents=True, exist_ok=True)
+    log(f"{path.name} is not a flat file. Converting it once, to {place}")
+    return convert(path, place, log=log, made_from=made_from)
+
+
+def made_from_of(path):
+    """What a flat file says it was made from; "" if it does not, or is none."""
+    try:
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            return json.loads(file.read(min(length, MOST_BYTES)))["__metadata__"]["made_from"]
+    except (OSError, ValueError, KeyError, TypeError, struct.error, RecursionError):
+        return ""
 
 
 # %% 12. Command line -------------------------------------------------------------------------

@@ -42,13 +42,13 @@ II   8 From a picture   9 Inpainting   10 More samplers   11 LoRA   12 ControlNe
      14 Safety checker
 III  15 Random numbers   16 The same, faster   17 Files, and less memory   18 Command line
 
- [1] Rombach et al. 2022, arXiv 2112.10752 (latent diffusion)  [2] Ho et al. 2020, 2006.11239 (DDPM)
- [3] Song et al. 2021, 2010.02502 (DDIM)                       [4] Liu et al. 2022, 2202.09778 (PLMS)
- [5] Radford et al. 2021, 2103.00020 (CLIP)                    [6] Ho et al. 2022, 2207.12598 (cfg)
- [7] Salimans, Ho 2022, 2202.00512 (v-prediction)              [8] Meng et al. 2021, 2108.01073
- [9] Karras et al. 2022, 2206.00364                           [10] Lu et al. 2022, 2211.01095
-[11] Luo et al. 2023, 2310.04378 (LCM)                        [12] Hu et al. 2021, 2106.09685 (LoRA)
-[13] Zhang et al. 2023, 2302.05543 (ControlNet)               [14] Gal et al. 2022, 2208.01618
+[1] Rombach et al. 2022, arXiv 2112.10752 (latent diffusion)  [2] Ho et al. 2020, 2006.11239 (DDPM)
+[3] Song et al. 2021, 2010.02502 (DDIM)                       [4] Liu et al. 2022, 2202.09778 (PLMS)
+[5] Radford et al. 2021, 2103.00020 (CLIP)                    [6] Ho et al. 2022, 2207.12598 (cfg)
+[7] Salimans, Ho 2022, 2202.00512 (v-prediction)              [8] Meng et al. 2021, 2108.01073
+[9] Karras et al. 2022, 2206.00364                           [10] Lu et al. 2022, 2211.01095
+[11] Luo et al. 2023, 2310.04378 (LCM)                       [12] Hu et al. 2021, 2106.09685 (LoRA)
+[13] Zhang et al. 2023, 2302.05543 (ControlNet)              [14] Gal et al. 2022, 2208.01618
 In brackets behind a class: where the original has it, in CompVis' stable-diffusion under ldm/.
 """
 # /// script
@@ -67,7 +67,6 @@ import argparse
 import copy
 import ctypes
 import functools
-import hashlib
 import itertools
 import json
 import math
@@ -2475,36 +2474,14 @@ def header_of(path):
 
 
 def flat_file(path):
-    """The flat file for --model: path itself or what convert_weights.py makes of a checkpoint.
-
-    That is kept beside the checkpoint, or in the cache folder where that can't be written or the
-    name is taken. It says in its header from which files it was made, with their sizes and times,
-    and is used again only for these.
-    """
+    """path, or for another program's file what convert_weights.py makes of it, once."""
     if not path.exists() or header_of(path).get("format", "").startswith("sd.py"):
         return path  # a path that is not there gets its message from read_flat
-    path = path.resolve()
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
-    facts = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    made_from = hashlib.sha256(repr(facts).encode(errors="surrogateescape")).hexdigest()
-    name = (path.name if path.is_dir() else path.stem) + ".flat.safetensors"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "sd.py"
-    beside, cached = path.parent / name, cache / f"{made_from[:12]}-{name}"
-    for place in (beside, cached):
-        if header_of(place).get("made_from") == made_from:
-            print(f"using {place}, made from {path.name} before", file=sys.stderr)
-            return place
     if not (HERE / "convert_weights.py").is_file():
         raise ValueError(f"{path} was not made by convert_weights.py. {convert_it(path)}")
     import convert_weights
 
-    # Only what was made in this way before may be replaced.
-    free = not os.path.lexists(beside) or "made_from" in header_of(beside)
-    place = beside if free and os.access(path.parent, os.W_OK) else cached
-    place.parent.mkdir(parents=True, exist_ok=True)
-    print(f"{path.name} is not a flat file. Converting it once, to {place}", file=sys.stderr)
-    log = functools.partial(print, file=sys.stderr)
-    return convert_weights.convert(path, place, log=log, made_from=made_from)
+    return convert_weights.flat_file(path, functools.partial(print, file=sys.stderr))
 
 
 def free_name(path):
