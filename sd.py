@@ -38,8 +38,8 @@ How to read: part I, sections 1 to 7, is Stable Diffusion; stop there and you ha
 Part II's sections can be read in any order. Part III holds no diffusion.
 
 I    1 Tokenizer   2 Layers   3 CLIP   4 UNet   5 VAE   6 Schedule, DDIM, PLMS   7 Text to image
-II   8 From a picture   9 Inpainting   10 More samplers   11 LoRA   12 ControlNet   13 Prompts
-     14 Safety checker
+II   8 From a picture   9 Inpainting   10 More samplers   11 LoRA, new words, fewer layers
+     12 ControlNet   13 Prompts   14 Safety checker
 III  15 Random numbers   16 The same, faster   17 Files, and less memory   18 Command line
 
 [1] Rombach et al. 2022, arXiv 2112.10752 (latent diffusion)  [2] Ho et al. 2020, 2006.11239 (DDPM)
@@ -600,17 +600,17 @@ class UNet(nn.Module):
         """control: corrections that section 12 adds to what the way up will see."""
         time, kept = self.time(x, t), []
         for row in self.down:
-            x = run(row, x, time, context)
+            x = run_row(row, x, time, context)
             kept.append(x)
-        x = run(self.middle, x, time, context)
+        x = run_row(self.middle, x, time, context)
         if control:
             kept, x = [a + b for a, b in zip(kept, control)], x + control[-1]
         for row in self.up:
-            x = run(row, mx.concatenate([x, kept.pop()], axis=-1), time, context)
+            x = run_row(row, mx.concatenate([x, kept.pop()], axis=-1), time, context)
         return self.conv_out(self.norm_out(x))
 
 
-def run(row, x, time, context):
+def run_row(row, x, time, context):
     for layer in row:
         if isinstance(layer, Res):
             x = layer(x, time)
@@ -1282,19 +1282,24 @@ SAMPLERS |= {
 SPACINGS |= {"dpm++-karras": karras_timesteps, "lcm": lcm_timesteps}
 
 
-# %% 11. LoRA --------------------------------------------------------------------------------------
-# A LoRA changes a model's matrices by products of two thin ones [12]:
+# %% 11. LoRA, new words, fewer layers -------------------------------------------------------------
+# What changes a model when it is loaded: functions that take and give (config, {name: array}), for
+# StableDiffusion(changes=[...]). None of it costs time when painting.
+#
+# A LoRA changes matrices by products of two thin ones [12]:
 #
 #     W + strength up @ down        up (o, r), down (r, c), with a rank r of 4 to 128
 #
-# So a style or a face is a file of some megabytes. The sum is made once, when the model is loaded;
-# painting takes no longer. A convolution's window counts as more of c; and some have a small one in
-# the middle, from r channels to r. convert_weights.py has put the file's own factor, alpha / r,
-# into up.
+# So a style or a face is a file of some megabytes. A convolution's window counts as more of c; and
+# some have a small one in the middle, from r channels to r. convert_weights.py has put the file's
+# own factor, alpha / r, into up.
+#
+# Textual inversion [14] leaves the model alone and learns vectors that the text model is given in
+# place of a token's: a word for what no word says. They are put behind its table of vectors.
 
 
 def lora(path, strength=1.0):
-    """A change for StableDiffusion(changes=...). path: a flat file. Changed weights are float32."""
+    """path: a flat file. The changed weights are float32. Raises ValueError."""
 
     def change(config, weights):
         _, parts = read_flat(path, "lora")
@@ -1312,6 +1317,46 @@ def lora(path, strength=1.0):
             product = strength * product.reshape(weight.shape)
             changed[f"{name}.weight"] = weight.astype(mx.float32) + product
         return config, weights | changed
+
+    return change
+
+
+def words(path):
+    """path: a flat file, whose words stand for its vectors from now on. Raises ValueError."""
+
+    def change(config, weights):
+        name = "text_encoder.token_embedding.weight"
+        known = dict(config.get("words", {}))
+        for word, vectors in read_flat(path, "words")[1].items():
+            table = weights[name]
+            if vectors.ndim != 2 or vectors.shape[1] != table.shape[1]:
+                raise ValueError(
+                    f"{path} is for another text model: its vectors have {vectors.shape[-1]} "
+                    f"numbers, this one's {table.shape[1]}."
+                )
+            known[word] = list(range(len(table), len(table) + len(vectors)))
+            both = table.astype(mx.float32), vectors.astype(mx.float32)
+            weights = weights | {name: mx.concatenate(both)}
+        text = config["text"] | {"vocabulary": len(weights[name])}
+        return config | {"text": text, "words": known}, weights
+
+    return change
+
+
+def clip_skip(count):
+    """Stop reading count - 1 layers before the last, as some models were trained."""
+
+    def change(config, weights):
+        left = config["text"]["layers"] - (count - 1)
+        if count < 1 or left < 1:
+            raise ValueError(f"clip_skip {count} can't be: 1 for all layers, 2 for one less ...")
+        gone = tuple(f"text_encoder.layers.{i}." for i in range(left, left + count - 1))
+        kept = (
+            {name: w for name, w in weights.items() if not name.startswith(gone)}
+            if gone
+            else weights
+        )
+        return config | {"text": config["text"] | {"layers": left}}, kept
 
     return change
 
@@ -1352,11 +1397,11 @@ class ControlNet(UNet):
     def __call__(self, x, t, context, seen):
         time, kept = self.time(x, t), []
         for row in self.down:
-            x = run(row, x, time, context)
+            x = run_row(row, x, time, context)
             if not kept:
                 x = x + seen.astype(x.dtype)
             kept.append(x)
-        kept.append(run(self.middle, x, time, context))
+        kept.append(run_row(self.middle, x, time, context))
         out = [zero(y) for zero, y in zip(self.zero, kept)]
         return [y.mean((1, 2), keepdims=True) for y in out] if self.pool else out
 
@@ -1394,7 +1439,7 @@ StableDiffusion.controlled = controlled
 #   \( \) \[ \]                  the brackets themselves
 #   BREAK                        begin the next 75 tokens here
 #   more than 75 tokens          are read 75 at a time, and the contexts put one behind the other
-#   a word with a file           textual inversion [14]: vectors of its own in place of a token's
+#   a word with a file           its vectors (section 11)
 #
 # A weight multiplies the vectors that CLIP gives for these tokens; then all are scaled back to the
 # mean they had, so that the others do not become weaker or stronger. This is how AUTOMATIC1111's
@@ -1488,46 +1533,6 @@ def long_contexts(self, sentences):
 
 plain_contexts = StableDiffusion.contexts
 StableDiffusion.contexts = long_contexts
-
-
-def words(path):
-    """A change for StableDiffusion(changes=...): a file's words stand for its vectors."""
-
-    def change(config, weights):
-        name = "text_encoder.token_embedding.weight"
-        known = dict(config.get("words", {}))
-        for word, vectors in read_flat(path, "words")[1].items():
-            table = weights[name]
-            if vectors.ndim != 2 or vectors.shape[1] != table.shape[1]:
-                raise ValueError(
-                    f"{path} is for another text model: its vectors have {vectors.shape[-1]} "
-                    f"numbers, this one's {table.shape[1]}."
-                )
-            known[word] = list(range(len(table), len(table) + len(vectors)))
-            both = table.astype(mx.float32), vectors.astype(mx.float32)
-            weights = weights | {name: mx.concatenate(both)}
-        text = config["text"] | {"vocabulary": len(weights[name])}
-        return config | {"text": text, "words": known}, weights
-
-    return change
-
-
-def clip_skip(count):
-    """A change: stop reading count - 1 layers before the last, as some models were trained."""
-
-    def change(config, weights):
-        left = config["text"]["layers"] - (count - 1)
-        if count < 1 or left < 1:
-            raise ValueError(f"clip_skip {count} can't be: 1 for all layers, 2 for one less ...")
-        gone = tuple(f"text_encoder.layers.{i}." for i in range(left, left + count - 1))
-        kept = (
-            {name: w for name, w in weights.items() if not name.startswith(gone)}
-            if gone
-            else weights
-        )
-        return config | {"text": config["text"] | {"layers": left}}, kept
-
-    return change
 
 
 # %% 14. Safety checker ----------------------------------------------------------------------------

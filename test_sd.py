@@ -1146,7 +1146,7 @@ def test_a_model_of_nine_channels_is_recognised_and_run_as_in_diffusers(
     assert done.returncode == 2 and "--mask" in done.stderr
 
 
-# %% 11. LoRA --------------------------------------------------------------------------------------
+# %% 11. LoRA, new words, fewer layers -------------------------------------------------------------
 
 RANK, ALPHA = 4, 2.5
 
@@ -1331,6 +1331,58 @@ def test_a_lora_for_another_width_is_refused_by_name(lora, tmp_path):
         sd.StableDiffusion(changes=[sd.lora(sd.TINY)])
     with pytest.raises(ValueError, match="a model is needed"):
         sd.StableDiffusion(flat)
+
+
+def test_a_textual_inversion_becomes_a_word(tiny, tiny_pipeline, their_tokenizer, run, tmp_path):
+    """Against diffusers' load_textual_inversion; all forms of file are the same."""
+    vectors = torch.randn(2, 32, generator=torch.Generator().manual_seed(0)) / 4
+    pipeline = StableDiffusionPipeline(
+        **tiny_pipeline.components
+        | {"text_encoder": copy.deepcopy(tiny_pipeline.text_encoder)}
+        | {"tokenizer": copy.deepcopy(their_tokenizer)},
+        requires_safety_checker=False,
+    )
+    pipeline.load_textual_inversion({"<my-cat>": vectors}, token="<my-cat>")
+    prompt = pipeline.maybe_convert_prompt("a red <my-cat> at night", pipeline.tokenizer)
+    ids = pipeline.tokenizer(prompt, padding="max_length", return_tensors="pt").input_ids
+    truth = pipeline.text_encoder(ids).last_hidden_state
+    param = {"string_to_token": {"*": 265}, "string_to_param": {"*": vectors}, "name": "my"}
+    torch.save(param, tmp_path / "<my-cat>.pt")
+    torch.save({"<my-cat>": vectors}, tmp_path / "learned_embeds.bin")
+    save_file({"<my-cat>": vectors}, tmp_path / "learned.safetensors")
+    save_file({"emb_params": vectors}, tmp_path / "<my-cat>.safetensors")
+    for name in (
+        "<my-cat>.pt",
+        "learned_embeds.bin",
+        "learned.safetensors",
+        "<my-cat>.safetensors",
+    ):
+        (read,) = run(tmp_path / name).items()
+        assert read[0] == "<my-cat>" and torch.equal(read[1], vectors), name
+        assert run.config == {"kind": "words"}
+    model = sd.StableDiffusion(changes=[sd.words(tmp_path / "out.safetensors")])
+    assert_close(model.contexts(["a red <my-cat> at night"]), truth, 1e-5)
+    frugal = sd.LowMemory(changes=[sd.words(tmp_path / "out.safetensors")])
+    for one in (model, frugal, model):
+        assert_close(one.contexts(["a red <my-cat> at night"]), truth, 1e-5)
+        one.txt2img("<my-cat>", steps=1)
+    with pytest.raises(ValueError, match="another text model"):
+        save_file({"emb_params": torch.ones(1, 768)}, tmp_path / "wide.safetensors")
+        flat = convert(tmp_path / "wide.safetensors", log=lambda line: None)
+        sd.StableDiffusion(changes=[sd.words(flat)])
+
+
+@pytest.mark.parametrize("skip", [1, 2, 3])
+def test_clip_skip_reads_fewer_layers(tiny, tiny_pipeline, skip):
+    ids = torch.tensor([tiny.tokenizer.encode("a red house")])
+    text = tiny_pipeline.text_encoder
+    hidden = text(ids, output_hidden_states=True).hidden_states[-skip]
+    norm = (text.text_model if hasattr(text, "text_model") else text).final_layer_norm
+    model = sd.StableDiffusion(changes=[sd.clip_skip(skip)])
+    assert_close(model.contexts(["a red house"]), norm(hidden) if skip > 1 else text(ids)[0], 1e-5)
+    for wrong in (0, 4):
+        with pytest.raises(ValueError, match="clip_skip"):
+            sd.StableDiffusion(changes=[sd.clip_skip(wrong)])
 
 
 # %% 12. ControlNet --------------------------------------------------------------------------------
@@ -1534,58 +1586,6 @@ def test_long_prompts_paint_as_in_diffusers_with_their_embeddings(tiny, tiny_pip
     ).images  # fmt: skip
     *_, x = tiny.generate_latents(prompt, steps=5, seed=3, cfg=3, sampler="ddim")
     assert np.abs(np.array(tiny.decode(x)) - truth).max() <= 1e-3
-
-
-def test_a_textual_inversion_becomes_a_word(tiny, tiny_pipeline, their_tokenizer, run, tmp_path):
-    """Against diffusers' load_textual_inversion; all forms of file are the same."""
-    vectors = torch.randn(2, 32, generator=torch.Generator().manual_seed(0)) / 4
-    pipeline = StableDiffusionPipeline(
-        **tiny_pipeline.components
-        | {"text_encoder": copy.deepcopy(tiny_pipeline.text_encoder)}
-        | {"tokenizer": copy.deepcopy(their_tokenizer)},
-        requires_safety_checker=False,
-    )
-    pipeline.load_textual_inversion({"<my-cat>": vectors}, token="<my-cat>")
-    prompt = pipeline.maybe_convert_prompt("a red <my-cat> at night", pipeline.tokenizer)
-    ids = pipeline.tokenizer(prompt, padding="max_length", return_tensors="pt").input_ids
-    truth = pipeline.text_encoder(ids).last_hidden_state
-    param = {"string_to_token": {"*": 265}, "string_to_param": {"*": vectors}, "name": "my"}
-    torch.save(param, tmp_path / "<my-cat>.pt")
-    torch.save({"<my-cat>": vectors}, tmp_path / "learned_embeds.bin")
-    save_file({"<my-cat>": vectors}, tmp_path / "learned.safetensors")
-    save_file({"emb_params": vectors}, tmp_path / "<my-cat>.safetensors")
-    for name in (
-        "<my-cat>.pt",
-        "learned_embeds.bin",
-        "learned.safetensors",
-        "<my-cat>.safetensors",
-    ):
-        (read,) = run(tmp_path / name).items()
-        assert read[0] == "<my-cat>" and torch.equal(read[1], vectors), name
-        assert run.config == {"kind": "words"}
-    model = sd.StableDiffusion(changes=[sd.words(tmp_path / "out.safetensors")])
-    assert_close(model.contexts(["a red <my-cat> at night"]), truth, 1e-5)
-    frugal = sd.LowMemory(changes=[sd.words(tmp_path / "out.safetensors")])
-    for one in (model, frugal, model):
-        assert_close(one.contexts(["a red <my-cat> at night"]), truth, 1e-5)
-        one.txt2img("<my-cat>", steps=1)
-    with pytest.raises(ValueError, match="another text model"):
-        save_file({"emb_params": torch.ones(1, 768)}, tmp_path / "wide.safetensors")
-        flat = convert(tmp_path / "wide.safetensors", log=lambda line: None)
-        sd.StableDiffusion(changes=[sd.words(flat)])
-
-
-@pytest.mark.parametrize("skip", [1, 2, 3])
-def test_clip_skip_reads_fewer_layers(tiny, tiny_pipeline, skip):
-    ids = torch.tensor([tiny.tokenizer.encode("a red house")])
-    text = tiny_pipeline.text_encoder
-    hidden = text(ids, output_hidden_states=True).hidden_states[-skip]
-    norm = (text.text_model if hasattr(text, "text_model") else text).final_layer_norm
-    model = sd.StableDiffusion(changes=[sd.clip_skip(skip)])
-    assert_close(model.contexts(["a red house"]), norm(hidden) if skip > 1 else text(ids)[0], 1e-5)
-    for wrong in (0, 4):
-        with pytest.raises(ValueError, match="clip_skip"):
-            sd.StableDiffusion(changes=[sd.clip_skip(wrong)])
 
 
 # %% 14. Safety checker ----------------------------------------------------------------------------
