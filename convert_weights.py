@@ -597,7 +597,7 @@ PIPELINES = re.compile("StableDiffusion(Img2Img|Inpaint|ControlNet)?Pipeline(Leg
 MUST_BE = {
     "unet": {
         "_class_name": "UNet2DConditionModel",
-        "out_channels": 4, "layers_per_block": 2, "conv_in_kernel": 3,
+        "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "conv_in_kernel": 3,
         "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
         "mid_block_type": "UNetMidBlock2DCrossAttn",
         "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
@@ -739,7 +739,9 @@ def hub_weights(there, part):
 def add_part(source, folder, part):
     """Add one network's tensors, named "unet/conv_in.weight", and its config's numbers."""
     config = read_json(folder / "config.json")
-    check_fields(part, config, folder / "config.json")
+    inpaints = part == "unet" and config.get("in_channels") == 9
+    as_usual = config | {"in_channels": 4} if inpaints else config
+    check_fields(part, as_usual, folder / "config.json")
     numbers = {key: config.get(*field) for key, field in NUMBERS_IN[part].items()}
     if type(numbers.get("heads")) is int and part != "text_encoder":
         numbers["heads"] = [numbers["heads"]] * 4

@@ -2656,7 +2656,11 @@ def with_controls(sd, args):
 
 
 def read_prompts(path):
-    prompts = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts {path}: it is no text in UTF-8 ({error}).") from None
+    prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"--prompts {path}: it is empty. Write one prompt on each line.")
     return prompts
@@ -2810,7 +2814,7 @@ def check_arguments(args):
         raise ValueError(f"{message} See --n-images.")
     if args.n_rows and mx.distributed.init().size() > 1:
         raise ValueError("--n-rows can't be with several processes: each paints some of them.")
-    for name in ("save_every", "decode_batch"):
+    for name in ("n_images", "save_every", "decode_batch"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value} can't be: at least 1.")

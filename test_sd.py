@@ -2958,7 +2958,7 @@ def copied(folder, to, changes):
         ("unet/config.json", {"class_embed_type": "projection"}),
         ("unet/config.json", {"only_cross_attention": [True, True, True, False]}),
         ("unet/config.json", {"transformer_layers_per_block": [1, 2, 10, 1]}),
-        ("unet/config.json", {"in_channels": 9}),
+        ("unet/config.json", {"in_channels": 8}),
         ("unet/config.json", {"time_cond_proj_dim": 256}),
         ("vae/config.json", {"latent_channels": 16}),
         ("vae/config.json", {"_class_name": "AutoencoderTiny"}),
