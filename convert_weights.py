@@ -1547,9 +1547,12 @@ def pair(flat, layer, parts, told):
         raise Unfit(f"the LoRA's layer {shown(layer)} has only {', '.join(sorted(parts))}")
     (up_name, up), (down_name, down) = parts["up"], parts["down"]
     rank = down.shape[0] if down.shape else 0
-    alpha = told.get(layer, told.get("", rank))
+    alpha = told.get(flat.split(".")[0] + ".", told.get("", rank))
     if "alpha" in parts:
-        alpha = float(parts["alpha"][1].float32().reshape(-1)[0]) or rank
+        tensor = parts["alpha"][1]
+        if math.prod(tensor.shape) != 1:
+            raise Unfit(f"the alpha of the LoRA's layer {shown(layer)} is {tensor.shape}")
+        alpha = float(tensor.float32().reshape(-1)[0]) or rank
     middle = parts.get("middle")
     inner = middle[1].shape[0] if middle and middle[1].shape else rank
     fits = len(up.shape) in (2, 4) and up.shape[1] == inner and set(up.shape[2:]) <= {1}
@@ -1568,11 +1571,16 @@ def pair(flat, layer, parts, told):
 
 
 def peft_alphas(source):
-    """{layer: alpha} as PEFT tells it beside the weights; "" is for all others."""
+    """{"unet." or "text_encoder." or "": alpha} as PEFT tells it beside the weights."""
     text = source.metadata.get("lora_adapter_metadata", "")
     beside = source.path.with_name("adapter_config.json")
     if text:
-        config = json.loads(text)
+        try:
+            config = json.loads(text)
+        except (ValueError, RecursionError):
+            config = None
+        if type(config) is not dict:
+            raise Unfit("its lora_adapter_metadata is no JSON object")
     elif beside.is_file() and source.path.name.startswith("adapter_model"):
         config = read_json(beside)
     else:
@@ -1580,10 +1588,12 @@ def peft_alphas(source):
     out = {}
     for start in ("", "unet.", "text_encoder."):
         alpha, rank = config.get(f"{start}lora_alpha"), config.get(f"{start}r")
+        if config.get(f"{start}alpha_pattern") or config.get(f"{start}rank_pattern"):
+            raise Unfit("it is a LoRA with another alpha or rank for some layers, in PEFT's config")
         if type(alpha) in (int, float) and type(rank) is int and rank > 0:
             if config.get(f"{start}use_rslora"):
                 alpha *= math.sqrt(rank)  # so that alpha / rank is what it should be
-            out[""] = alpha
+            out[start] = alpha
     return out
 
 
@@ -1592,18 +1602,13 @@ WORD_MARKS = ("string_to_param", "emb_params")
 
 def convert_words(source):
     """Textual inversion: vectors for new words. The word is the tensor's name, or the file's."""
-    found, stem = [], source.path.stem
-    for name, tensor in source.tensors.items():
-        word = name.removeprefix("string_to_param.")
-        word = stem if word in ("emb_params", "*") or word != name else word
-        shape = (1,) * (2 - len(tensor.shape)) + tensor.shape
-        if len(shape) != 2 or tensor.dtype not in FLOATS or not 0 < shape[0] <= 75:
-            raise Unfit(f"it is a textual inversion, but {shown(name)} is {tensor.shape}")
-        if shape[1] not in (768, 1024) and len(source.tensors) > 1:
-            raise Unfit("it is a textual inversion of another model than Stable Diffusion 1 or 2")
-        found.append((Want(word, shape, ()), name, tensor))
-    kind = ", ".join(f"{shown(want.flat)} ({want.shape[0]} vectors)" for want, _, _ in found)
-    return f"a textual inversion: {kind}", found, {"kind": "words"}
+    ((name, tensor),) = source.tensors.items()
+    word = source.path.stem if name.split(".")[0] in WORD_MARKS else name
+    shape = (1,) * (2 - len(tensor.shape)) + tensor.shape
+    if len(shape) != 2 or tensor.dtype not in FLOATS or not 0 < shape[0] <= 75:
+        raise Unfit(f"it is a textual inversion, but {shown(name)} is {tensor.shape}")
+    kind = f"a textual inversion: {shown(word)}, {shape[0]} vectors"
+    return kind, [(Want(word, shape, ()), name, tensor)], {"kind": "words"}
 
 
 def is_words(source):

@@ -869,7 +869,7 @@ class StableDiffusion:
         mx.eval([network.parameters() for network in (self.text_encoder, self.unet, self.vae)])
 
     def contexts(self, sentences):
-        """-> (number of sentences, 77, width)"""
+        """-> (number of sentences, 77, width). (Section 13 has another, which reads brackets.)"""
         return self.text_encoder(mx.array([self.tokenizer.encode(s) for s in sentences]))
 
     def guided(self, prompt, negative_prompt, n_images, cfg):
@@ -1016,13 +1016,18 @@ def load_picture(file, width=None, height=None):
     """A picture of any kind -> (RGB (h, w, 3), what is opaque (h, w)), float32 in [0, 1].
 
     file: a path, an open file or a PIL image. It is turned as its EXIF note says, and resized to
-    width and height, by default the nearest multiples of 64.
+    width and height, by default the nearest multiples of 64. Pure green counts as transparent.
     """
-    image = file if isinstance(file, Image.Image) else Image.open(file)
+    try:
+        image = file if isinstance(file, Image.Image) else Image.open(file)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{file} is too large a picture: {error}") from None
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # grey with 16 bits; Pillow would cut it off at 255
         image = Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8))
-    image = image.convert("RGBA")
+    pixels = np.array(image.convert("RGBA"))
+    pixels[(pixels[..., :3] == (0, 255, 0)).all(2), 3] = 0  # before resizing mixes it with others
+    image = Image.fromarray(pixels)
     near = [max(64, round(n / 64) * 64) for n in image.size]
     size = (width or near[0], height or near[1])
     if size != image.size:
@@ -1054,9 +1059,9 @@ StableDiffusion.img2img = img2img
 #     eps = (x - sqrt(abar) x0) / sqrt(1 - abar)
 #
 # With that answer every sampler walks the known part along from noise to x0, while the UNet sees it
-# around the part that it paints. (Others put the known part, with new noise, into x after each
-# step; for these samplers it is the same.) In the end the known pixels are pasted back, with a soft
-# edge, since the VAE changes them a little.
+# around the part that it paints. (Others put the known part, with the noise of the beginning, into
+# x after each step: the same, where a sampler adds no noise of its own.) In the end the known
+# pixels are pasted back, with a soft edge, since the VAE changes them a little.
 #
 # Models trained for inpainting see more: nine channels, the noisy latents, the mask, and the
 # latents of the picture with a grey hole. They need none of this. [1]
@@ -1078,9 +1083,12 @@ class Inpainting(FromPicture):
         # A place of the latents is painted if any of its 8 x 8 pixels is.
         self.small = mx.array((np.asarray(small) > 0).astype(np.float32))[None, :, :, None]
         if sd.config["unet"].get("channels") == 9:
-            self.sd = copy.copy(sd)
-            self.sd.unet = self.beside = Beside(sd.unet)
-            self.vary = self.vary_nine
+            self.sd, self.vary = copy.copy(sd), self.vary_nine
+            if isinstance(sd.unet, Controlled):  # a ControlNet sees four channels
+                self.beside = Beside(sd.unet.unet)
+                self.sd.unet = Controlled(self.beside, sd.unet.controls)
+            else:
+                self.sd.unet = self.beside = Beside(sd.unet)
 
     def vary_nine(self, walk):
         def run(eps_at, noise, timesteps, draw):
@@ -1089,7 +1097,8 @@ class Inpainting(FromPicture):
                 noise = spoil(self.sd.encode(self.picture, noise), draw(), timesteps[0])
             hole = mx.array(self.mask)[None, :, :, None] > 0.5
             seen = self.sd.encode(mx.where(hole, 0.5, self.picture), draw())
-            small = mx.broadcast_to(self.small, (len(seen), *self.small.shape[1:]))
+            small = mx.array(self.mask[::8, ::8])[None, :, :, None]  # as it was trained
+            small = mx.broadcast_to(small, (len(seen), *small.shape[1:]))
             self.beside.more = mx.concatenate([small, seen], axis=-1)
             return walk(eps_at, noise, timesteps, draw)
 
@@ -1115,7 +1124,8 @@ class Inpainting(FromPicture):
         return run
 
     def finish(self, pictures):
-        soft = np.clip(2 * blur(self.mask[..., None], 4), 0, 1)  # 1 inside, 0 from 4 pixels on
+        mask = self.mask[..., None]
+        soft = np.maximum(mask, np.clip(2 * blur(mask, 4), 0, 1))  # 1 inside, 0 from 5 pixels on
         known = np.array(self.picture[0]) * 255
         return [
             Image.fromarray((soft * np.asarray(p) + (1 - soft) * known + 0.5).astype(np.uint8))
@@ -1141,10 +1151,11 @@ def find_mask(picture, opaque, mask=None):
     height, width, _ = picture.shape
     if mask is not None:
         return np.float32(load_picture(mask, width, height)[0].mean(2) > 0.5), picture
-    hole = np.float32((picture == np.float32([0, 1, 0])).all(2) | (opaque < 0.5))
+    hole = np.float32(opaque < 0.5)
     known = (1 - hole)[..., None]
-    around = blur(picture * known, 16) / np.maximum(blur(known, 16), 1e-3)
-    return hole, picture * known + np.clip(around, 0, 1) * hole[..., None]
+    mean = (picture * known).sum((0, 1)) / max(1, known.sum())  # far from the hole's edge
+    around = (blur(picture * known, 16) + 1e-3 * mean) / (blur(known, 16) + 1e-3)
+    return hole, picture * known + around * hole[..., None]
 
 
 def blur(x, radius):
@@ -1153,7 +1164,8 @@ def blur(x, radius):
         n = x.shape[axis]
         total = np.insert(np.cumsum(x, axis, dtype=np.float64), 0, 0, axis)
         last, first = np.minimum(np.arange(n) + radius + 1, n), np.maximum(np.arange(n) - radius, 0)
-        x = (total.take(last, axis) - total.take(first, axis)) / (2 * radius + 1)
+        count = (last - first).reshape(-1, *[1] * (2 - axis))
+        x = (total.take(last, axis) - total.take(first, axis)) / count
     return np.float32(x)
 
 
@@ -1307,6 +1319,8 @@ def lora(path, strength=1.0):
         for name in sorted({name.rpartition(".")[0] for name in parts}):
             up, down, middle = (parts.get(f"{name}.{part}") for part in ("up", "down", "middle"))
             weight = weights.get(f"{name}.weight")
+            if up is None or down is None:
+                raise ValueError(f"{path} is damaged: {name} has not both, up and down. {AGAIN}")
             up, down = up.astype(mx.float32), down.astype(mx.float32)
             if middle is not None:  # (n, 3, 3, m), between them
                 middle = middle.astype(mx.float32)
@@ -1351,11 +1365,7 @@ def clip_skip(count):
         if count < 1 or left < 1:
             raise ValueError(f"clip_skip {count} can't be: 1 for all layers, 2 for one less ...")
         gone = tuple(f"text_encoder.layers.{i}." for i in range(left, left + count - 1))
-        kept = (
-            {name: w for name, w in weights.items() if not name.startswith(gone)}
-            if gone
-            else weights
-        )
+        kept = {name: w for name, w in weights.items() if not name.startswith(gone)}
         return config | {"text": config["text"] | {"layers": left}}, kept
 
     return change
@@ -1378,10 +1388,13 @@ class ControlNet(UNet):
 
     def __init__(self, path, dtype=mx.float32):
         config, weights = read_flat(path, "controlnet")
-        numbers = config["unet"]
-        super().__init__(**numbers)
+        try:
+            numbers, self.pool = config["unet"], config["pool"]
+            super().__init__(**numbers)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} has a config that can't be ({error!r}). {AGAIN}") from None
+        self.path, self.fits = path, fits(numbers)
         del self.up, self.norm_out, self.conv_out
-        self.pool = config["pool"]  # some, for the mood of a picture, correct all places alike
         widths, strides = (3, 16, 16, 32, 32, 96, 96, 256, self.c1), (1, 1, 2, 1, 2, 1, 2, 1)
         self.picture = [Conv(*cs, stride) for *cs, stride in zip(widths, widths[1:], strides)]
         c1, c2, c3, c4 = numbers["widths"]
@@ -1403,11 +1416,19 @@ class ControlNet(UNet):
             kept.append(x)
         kept.append(run_row(self.middle, x, time, context))
         out = [zero(y) for zero, y in zip(self.zero, kept)]
+        # Some, for the mood of a picture, correct all places alike.
         return [y.mean((1, 2), keepdims=True) for y in out] if self.pool else out
 
 
+def fits(numbers):
+    return tuple(numbers["widths"]), numbers["context_width"]
+
+
 class Controlled:
-    """Stands in the UNet's place. controls: (ControlNet, what it saw, weight) each."""
+    """Stands in the UNet's place. controls: (ControlNet, what it saw, weight) each.
+
+    On a GPU its steps are not compiled into one graph.
+    """
 
     def __init__(self, unet, controls):
         self.unet, self.controls = unet, controls
@@ -1415,16 +1436,22 @@ class Controlled:
 
     def __call__(self, x, t, context):
         each = [[w * y for y in net(x, t, context, seen)] for net, seen, w in self.controls]
-        return self.unet(x, t, context, [sum(ys) for ys in zip(*each)])
+        return self.unet(x, t, context, [sum(ys).astype(x.dtype) for ys in zip(*each)])
 
 
 def controlled(self, *controls):
     """controls: (ControlNet, picture (h, w, 3) in [0, 1], weight) each -> a StableDiffusion that
     paints so. It shares its networks with this one.
     """
+    for net, _, _ in controls:
+        if net.fits != fits(self.config["unet"]):
+            raise ValueError(f"{net.path} is a ControlNet for another model than {self.path}.")
     other = copy.copy(self)
     seen = [(net, net.look(mx.array(picture)[None]), w) for net, picture, w in controls]
-    other.unet = Controlled(self.unet, seen)
+    if isinstance(self.unet, Controlled):
+        other.unet = Controlled(self.unet.unet, self.unet.controls + seen)
+    else:
+        other.unet = Controlled(self.unet, seen)
     return other
 
 
@@ -1498,21 +1525,21 @@ def chunks(sd, text):
         if weight is None:
             out.append([])
             continue
-        ids, at = [], 0
+        ids, at = [], 0  # each a list of ids that stay together
         for match in known.finditer(piece):
-            ids += [i for _, _, word in sd.tokenizer.words(piece[at : match.start()]) for i in word]
-            ids, at = ids + words[match[0]], match.end()
-        ids += [i for _, _, word in sd.tokenizer.words(piece[at:]) for i in word]
-        for i in ids:
-            if len(out[-1]) == 75:
+            ids += [[i] for _, _, w in sd.tokenizer.words(piece[at : match.start()]) for i in w]
+            ids, at = [*ids, words[match[0]]], match.end()
+        ids += [[i] for _, _, w in sd.tokenizer.words(piece[at:]) for i in w]
+        for together in ids:
+            if len(out[-1]) + len(together) > 75:
                 out.append([])
-            out[-1].append((i, weight))
+            out[-1] += [(i, weight) for i in together]
     return out
 
 
 def long_contexts(self, sentences):
     """-> (number of sentences, 77 k, width), k for the longest; the others get empty chunks."""
-    if getattr(self, "plain_prompt", False):
+    if self.plain_prompt:
         return plain_contexts(self, sentences)
     each = [chunks(self, sentence) for sentence in sentences]
     count = max(map(len, each))
@@ -1531,8 +1558,8 @@ def long_contexts(self, sentences):
     return context.reshape(len(sentences), 77 * count, -1)
 
 
-plain_contexts = StableDiffusion.contexts
-StableDiffusion.contexts = long_contexts
+plain_contexts, StableDiffusion.plain_prompt = StableDiffusion.contexts, False
+StableDiffusion.contexts = long_contexts  # section 13's reading is the usual one
 
 
 # %% 14. Safety checker ----------------------------------------------------------------------------
@@ -1580,11 +1607,11 @@ class Safety(nn.Module):
         """Is it not to be shown? The rounding decides what is just at a threshold."""
 
         def scores(concepts, thresholds, more):
-            c = np.array(concepts)
+            c = view(concepts)
             cosine = (c @ e) / (np.linalg.norm(c, axis=1) * np.linalg.norm(e))
-            return cosine - np.array(thresholds) + more
+            return cosine - view(thresholds) + more
 
-        e, more = np.array(self.look(picture)[0]), 0.0
+        e, more = view(self.look(picture)[0]), 0.0
         for one in zip(self.special, self.special_thresholds):
             if np.round(scores(one[0][None], one[1][None], more), 3)[0] > 0:
                 more = 0.01
@@ -1596,7 +1623,10 @@ def checked(self, pictures):
     if "safety" not in self.config:
         return pictures, []
     if not hasattr(self, "safety"):
-        self.safety = Safety(**self.config["safety"])
+        try:
+            self.safety = Safety(**self.config["safety"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self.path} has a damaged config ({error}). {AGAIN}") from None
         fill(self.safety, read_flat(self.path)[1], "safety", mx.float32)
     flagged = [i for i, picture in enumerate(pictures) if self.safety(picture)]
     black = lambda picture: Image.new("RGB", picture.size)
@@ -2414,7 +2444,8 @@ class LowMemory(StableDiffusion):
     """StableDiffusion with one network in memory at a time, batches of one, and a VAE in tiles.
 
     The pictures are the same up to rounding where they fit one tile, the size the model was trained
-    on. The price is reading the weights again for each picture.
+    on. The price is reading the weights again for each picture. ControlNets stay in memory, and
+    with a picture to begin with the half of the VAE that encoded it.
     """
 
     def read(self):
@@ -2520,7 +2551,8 @@ PARAMETERS = {
     "Denoising strength": ("strength", float), "Image": ("image", Path), "Mask": ("mask", Path),
     "Clip skip": ("clip_skip", int), "Lora": ("lora", shlex.split), "Words": ("words", shlex.split),
     "ControlNet": ("controlnet", shlex.split), "Control image": ("control_image", shlex.split),
-    "Model file": ("model", Path),
+    "Model file": ("model", Path), "Plain prompt": ("plain_prompt", "True".__eq__),
+    "Low memory": ("low_memory", "True".__eq__),
 }  # fmt: skip
 
 
@@ -2530,7 +2562,7 @@ def parameters(args, prompt, seed, width, height, images=1):
     found |= {"Seed": seed, "Size": f"{width}x{height}", "Model": args.model.stem}
     for name, (option, kind) in PARAMETERS.items():
         value = getattr(args, option)
-        if value is not None and value != []:
+        if value not in (None, [], False, TINY):
             found.setdefault(name, shlex.join(value) if kind is shlex.split else value)
     found |= {"Images": images, "Version": "sd.py"}
     quote = lambda v: json.dumps(str(v)) if set(str(v)) & set(',:"\n') else v
@@ -2558,6 +2590,8 @@ def read_parameters(path):
                 options[option] = kind(value)
     except ValueError as error:
         raise ValueError(f"--from-png {path}: its parameters can't be read ({error}).") from None
+    if "image" not in options:  # of a step that only the other program took
+        options.pop("strength", None)
     return options
 
 
@@ -2603,9 +2637,12 @@ def with_number(text):
     """FILE or FILE:NUMBER -> path, number; 1 if there is none."""
     file, colon, number = str(text).rpartition(":")
     try:
-        return (Path(file), float(number)) if colon and file else (Path(text), 1.0)
+        path, number = (file, float(number)) if colon and file else (text, 1.0)
     except ValueError:  # a colon in the name
-        return Path(text), 1.0
+        path, number = text, 1.0
+    if not math.isfinite(number):
+        raise ValueError(f"{text}: {number} can't be. Give a number, 1 for the usual.")
+    return Path(path), number
 
 
 def model_of(args):
@@ -2616,6 +2653,8 @@ def model_of(args):
     model = LowMemory if args.low_memory else StableDiffusion
     sd = model(flat_file(args.model), args.dtype, changes)
     sd.plain_prompt = args.plain_prompt
+    if args.safety_check:
+        sd.checked([])  # so that a damaged one is noticed now
     args.dtype = str(sd.dtype).removeprefix("mlx.core.")
     args.cfg = sd.config["cfg"] if args.cfg is None else args.cfg
     return sd
@@ -2623,20 +2662,23 @@ def model_of(args):
 
 def way_of(sd, args):
     """-> how to go from noise to picture, as section 8 or 9 does; None: the usual way."""
+    nine = sd.config["unet"].get("channels") == 9
     if args.image is None:
         for option in ("mask", "strength"):
             if getattr(args, option) is not None:
                 raise ValueError(f"--{option} needs a picture, --image FILE.")
-        if sd.config["unet"].get("channels") == 9:
+        if nine:
             raise ValueError(f"{args.model} paints into pictures only: give --image and --mask.")
         return None
     picture, opaque = load_picture(args.image, args.width, args.height)
     args.height, args.width, _ = picture.shape
     mask, picture = find_mask(picture, opaque, args.mask)
-    if mask.any() or args.mask:
+    if args.mask or mask.mean() > 0.005:  # not for a few green or transparent pixels
         args.strength = 1.0 if args.strength is None else args.strength
         print(f"painting {mask.mean():.0%} of {args.image.name}", file=sys.stderr)
         return Inpainting(sd, picture, mask, args.strength)
+    if nine:
+        raise ValueError(f"{args.model} paints into pictures only: say where, with --mask.")
     args.strength = 0.75 if args.strength is None else args.strength
     return FromPicture(sd, picture, args.strength)
 
@@ -2657,7 +2699,7 @@ def with_controls(sd, args):
 
 def read_prompts(path):
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"--prompts {path}: it is no text in UTF-8 ({error}).") from None
     prompts = [line.strip() for line in lines if line.strip()]
@@ -2690,6 +2732,9 @@ def paint(sd, args, way):
         steps = len(way.rest(range(steps)))
     end = "\r" if sys.stderr.isatty() else "\n"
     prompts = read_prompts(args.prompts) if args.prompts else [args.prompt]
+    for text in [*prompts, args.negative_prompt] if args.plain_prompt else []:
+        if unread := sd.tokenizer.unread(text):
+            print(f'sd.py: the prompt is too long. Not read: "{unread}"', file=sys.stderr)
 
     def finished(x, seed):
         pictures = sd.to_pictures(x, args.decode_batch)
@@ -2830,7 +2875,8 @@ def main(argv=None):
             stream.reconfigure(errors="backslashreplace")
     try:
         if args.from_png:
-            parser.set_defaults(**read_parameters(args.from_png))
+            given = [name for name, value in vars(args).items() if type(value) is list and value]
+            parser.set_defaults(**read_parameters(args.from_png) | {name: [] for name in given})
             args = parser.parse_args(argv)
         check_arguments(args)
         if args.prompt is None:
@@ -2844,9 +2890,6 @@ def main(argv=None):
         sd = with_controls(way.sd if way else sd, args)
         if way:
             way.sd = sd
-        for option, text in (("prompt", args.prompt), ("negative prompt", args.negative_prompt)):
-            if args.plain_prompt and (unread := sd.tokenizer.unread(text)):
-                print(f'sd.py: the {option} is too long. Not read: "{unread}"', file=sys.stderr)
         paint(sd, args, way)
     except (ValueError, OSError) as error:
         stop(error)

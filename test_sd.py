@@ -1027,6 +1027,12 @@ def test_pictures_of_every_kind_are_read(mode, tmp_path):
     assert pixels[:, 0].mean() < 0.1 and pixels[:, -1].mean() > 0.9
 
 
+def test_a_picture_that_is_a_bomb_is_refused(tmp_path):
+    Image.new("1", (20000, 10000)).save(tmp_path / "bomb.png")
+    done = cli("--image", "bomb.png", cwd=tmp_path)
+    assert done.returncode == 2 and "too large" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_a_photo_is_turned_and_resized_with_a_message(tmp_path, capsys):
     picture = Image.new("RGB", (100, 140), "white")
     picture.paste("red", (0, 0, 100, 20))
@@ -1114,6 +1120,27 @@ def test_what_was_not_to_be_painted_does_not_change(tiny, drawn, hole):
         assert (g - r - b).max() < 200  # no green is left
     with pytest.raises(ValueError, match="nothing is to be painted"):
         tiny.inpaint("", picture)
+
+
+def test_the_edge_is_soft_outside_the_mask_only(tiny):
+    """Of a mask of any shape all is painted, also at the picture's border."""
+    for hole in (np.s_[:, :], np.s_[20:21, 5:100], np.s_[0:30, 0:30], np.s_[40:41, 40:41]):
+        mask = np.zeros((128, 128), np.float32)
+        mask[hole] = 1
+        way = sd.Inpainting(tiny, np.zeros((128, 128, 3), np.float32), mask)
+        (painted,) = way.finish([Image.new("RGB", (128, 128), "white")])
+        assert (np.asarray(painted)[mask > 0] == 255).all()
+        far = sd.blur(mask[..., None], 6)[..., 0] == 0
+        assert (np.asarray(painted)[far] == 0).all()
+
+
+def test_a_hole_gets_the_colours_around_it_at_any_size():
+    picture = Image.new("RGB", (500, 500), (200, 30, 40))
+    picture.paste((0, 255, 0), (100, 100, 420, 420))
+    pixels, opaque = sd.load_picture(picture)  # resized to 512 x 512
+    hole, filled = sd.find_mask(pixels, opaque)
+    assert 0.35 < hole.mean() < 0.45
+    assert np.abs(filled - np.array([200, 30, 40]) / 255).max() < 0.15  # no green, no black
 
 
 @pytest.mark.parametrize("strength", [0.6, 1.0])
@@ -1267,9 +1294,14 @@ def test_all_spellings_of_a_lora_are_the_same_flat_file(lora, run, tmp_path):
         for name, tensor in other.items():
             factor_here = factor if name.endswith(".up") else 1
             assert torch.allclose(tensor * factor_here, truth[name], rtol=1e-6), (kind, name)
-    metadata = {"lora_adapter_metadata": json.dumps({"unet.r": RANK, "unet.lora_alpha": ALPHA})}
-    save_file(files["peft"], tmp_path / "other.safetensors", metadata=metadata)
-    same(run(tmp_path / "other.safetensors"), truth)
+    for times in (1, 3):  # each network has an alpha of its own
+        told = {"unet.r": RANK, "unet.lora_alpha": ALPHA}
+        told |= {"text_encoder.r": RANK, "text_encoder.lora_alpha": times * ALPHA}
+        metadata = {"lora_adapter_metadata": json.dumps(told)}
+        save_file(files["peft"], tmp_path / "other.safetensors", metadata=metadata)
+        for name, tensor in run(tmp_path / "other.safetensors").items():
+            text = name.startswith("text_encoder.") and name.endswith(".up")
+            assert torch.allclose(tensor, truth[name] * (times if text else 1), rtol=1e-6), name
 
 
 def test_old_attention_processors_and_the_originals_names_are_read(lora, run, tmp_path):
@@ -1335,6 +1367,18 @@ def test_a_lora_that_can_not_be_is_refused(shapes, says, tmp_path, capsys):
     tensors = {f"{name}.weight": torch.ones(4, width) for name, width in shapes.items()}
     save_file(tensors, tmp_path / "bad.safetensors")
     refused(capsys, tmp_path / "bad.safetensors", *says)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"alpha_pattern": {"a": 1}}'])
+def test_a_lora_with_an_odd_config_is_refused(lora, text, tmp_path, capsys):
+    metadata = {"lora_adapter_metadata": text}
+    tensors = spelled(lora, ("lora_B", "lora_A"), ("lora_B", "lora_A"))
+    save_file(tensors, tmp_path / "bad.safetensors", metadata=metadata)
+    refused(capsys, tmp_path / "bad.safetensors", "LoRA" if "alpha" in text else "JSON")
+    tensors = kohya(dict(list(lora.items())[:1]))
+    tensors = {name: t[:0] if t.ndim else torch.ones(0) for name, t in tensors.items()}
+    save_file(tensors, tmp_path / "empty.safetensors")
+    refused(capsys, tmp_path / "empty.safetensors", "alpha")
 
 
 def test_a_lora_for_another_width_is_refused_by_name(lora, tmp_path):
@@ -1502,6 +1546,23 @@ def test_both_forms_of_a_controlnet_are_the_same_flat_file(
     torch.save({"state_dict": bare, "sd_config": numbers}, tmp_path / "shuffle.pth")
     same(run(tmp_path / "shuffle.pth"), truth)
     assert run.config["pool"] and run.config["kind"] == "controlnet"
+
+
+def test_a_controlnet_for_another_model_is_refused(tiny, drawn, tmp_path):
+    other = ControlNetModel(
+        block_out_channels=(32, 32, 32, 32), attention_head_dim=2, cross_attention_dim=32
+    )
+    net = sd.ControlNet(flat_controlnet(other, tmp_path))
+    with pytest.raises(ValueError, match="another model"):
+        tiny.controlled((net, sd.load_picture(drawn)[0], 1.0))
+
+
+def test_controls_add_up_however_they_are_given(tiny, controlnet, drawn, tmp_path):
+    net, (picture, _) = sd.ControlNet(flat_controlnet(controlnet, tmp_path)), sd.load_picture(drawn)
+    one = tiny.controlled((net, picture, 0.3)).controlled((net, picture, 0.7))
+    both = tiny.controlled((net, picture, 1.0))
+    xs = [list(m.generate_latents("a tree", steps=2))[-1] for m in (one, both)]
+    assert_close(*xs, 1e-4)
 
 
 def test_a_controlnet_for_the_mood_corrects_all_places_alike(
