@@ -1591,6 +1591,8 @@ def peft_alphas(source):
         if config.get(f"{start}alpha_pattern") or config.get(f"{start}rank_pattern"):
             raise Unfit("it is a LoRA with another alpha or rank for some layers, in PEFT's config")
         if type(alpha) in (int, float) and type(rank) is int and rank > 0:
+            if not (abs(alpha) < 1e6 and rank < 1e6):
+                raise Unfit("it is a LoRA whose alpha or rank is far too large")
             if config.get(f"{start}use_rslora"):
                 alpha *= math.sqrt(rank)  # so that alpha / rank is what it should be
             out[start] = alpha

@@ -948,7 +948,7 @@ class StableDiffusion:
 
         To 8 bits by rounding, as diffusers does; the original cuts off, half a level darker.
         """
-        parts = [np.array(self.decode(x[i : i + batch])) for i in range(0, len(x), batch)]
+        parts = [np.array(self.decode(part)) for part in mx.split(x, range(batch, len(x), batch))]
         pictures = [picture for part in parts for picture in part]
         if not all(np.isfinite(p).all() for p in pictures):
             raise ValueError("the picture is not a number everywhere. Try dtype float32.")
@@ -1012,6 +1012,11 @@ class FromPicture:
         return pictures
 
 
+# What Pillow raises for damaged files.
+DAMAGED = (OSError, ValueError, SyntaxError, RuntimeError, TypeError, EOFError)
+DAMAGED += (OverflowError, Image.DecompressionBombError)
+
+
 def load_picture(file, width=None, height=None):
     """A picture of any kind -> (RGB (h, w, 3), what is opaque (h, w)), float32 in [0, 1].
 
@@ -1019,13 +1024,14 @@ def load_picture(file, width=None, height=None):
     width and height, by default the nearest multiples of 64. Pure green counts as transparent.
     """
     try:
-        image = file if isinstance(file, Image.Image) else Image.open(file)
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{file} is too large a picture: {error}") from None
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # grey with 16 bits; Pillow would cut it off at 255
-        image = Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8))
-    pixels = np.array(image.convert("RGBA"))
+        image = ImageOps.exif_transpose(file if isinstance(file, Image.Image) else Image.open(file))
+        if image.mode.startswith("I"):  # grey with 16 bits; Pillow would cut it off at 255
+            image = Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8))
+        pixels = np.array(image.convert("RGBA"))
+    except FileNotFoundError:
+        raise
+    except DAMAGED as error:
+        raise ValueError(f"{file} can't be read as a picture: {error}") from None
     pixels[(pixels[..., :3] == (0, 255, 0)).all(2), 3] = 0  # before resizing mixes it with others
     image = Image.fromarray(pixels)
     near = [max(64, round(n / 64) * 64) for n in image.size]
@@ -1322,10 +1328,13 @@ def lora(path, strength=1.0):
             if up is None or down is None:
                 raise ValueError(f"{path} is damaged: {name} has not both, up and down. {AGAIN}")
             up, down = up.astype(mx.float32), down.astype(mx.float32)
-            if middle is not None:  # (n, 3, 3, m), between them
-                middle = middle.astype(mx.float32)
-                down = (middle.reshape(-1, len(down)) @ down).reshape(len(middle), -1)
-            product = up @ down.reshape(len(down), -1)
+            try:
+                if middle is not None:  # (n, 3, 3, m), between them
+                    middle = middle.astype(mx.float32)
+                    down = (middle.reshape(-1, len(down)) @ down).reshape(len(middle), -1)
+                product = up @ down.reshape(len(down), -1)
+            except ValueError:
+                raise ValueError(f"{path} is damaged: {name} has odd shapes. {AGAIN}") from None
             if weight is None or len(weight) != len(product) or weight.size != product.size:
                 raise ValueError(f"{path} is a LoRA for another model: {name} does not fit.")
             product = strength * product.reshape(weight.shape)
@@ -1390,8 +1399,9 @@ class ControlNet(UNet):
         config, weights = read_flat(path, "controlnet")
         try:
             numbers, self.pool = config["unet"], config["pool"]
+            check_unet(numbers)
             super().__init__(**numbers)
-        except (KeyError, TypeError, ValueError) as error:
+        except CAN_NOT_BE as error:
             raise ValueError(f"{path} has a config that can't be ({error!r}). {AGAIN}") from None
         self.path, self.fits = path, fits(numbers)
         del self.up, self.norm_out, self.conv_out
@@ -2291,7 +2301,8 @@ def read_flat(path, kind="model"):
     try:
         config = json.loads(metadata.get("config", ""))
         is_a = config["kind"]
-    except (ValueError, RecursionError, TypeError, KeyError) as error:
+        config.pop("words", None)  # these come from files of their own (section 11)
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} has a damaged config ({error}). {AGAIN}") from None
     if is_a != kind:
         raise ValueError(f"{path} is a {is_a}, and a {kind} is needed.")
@@ -2313,13 +2324,26 @@ def networks(config, path):
         numbers["text"].pop("pad")
         numbers["vae"].pop("scale")
         return TextEncoder(**numbers["text"]), UNet(**numbers["unet"]), VAE(**numbers["vae"])
-    except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
+    except CAN_NOT_BE as error:
         raise ValueError(f"{path} has a config that can't be ({error!r}). {AGAIN}") from None
+
+
+CAN_NOT_BE = (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError, RuntimeError)
+
+
+def check_unet(unet):
+    numbers = [*unet["widths"], *unet["heads"], unet["groups"], unet["context_width"]]
+    numbers.append(unet.get("channels", 4))
+    if not all(type(n) is int and 0 < n < 1 << 20 for n in numbers):
+        raise ValueError("a number of the UNet")
+    if any(c % unet["groups"] or c % heads for c, heads in zip(unet["widths"], unet["heads"])):
+        raise ValueError("heads or groups of the UNet")
 
 
 def check_config(config):
     """ValueError or TypeError for numbers that would fail later, or paint something wrong."""
     text, unet, vae = config["text"], config["unet"], config["vae"]
+    check_unet(unet)
     right = {
         "size": config["size"] % 64 == 0 < config["size"],
         "cfg": math.isfinite(config["cfg"]),
@@ -2329,8 +2353,7 @@ def check_config(config):
         "vocabulary": text["vocabulary"] > END,
         "pad": 0 <= text["pad"] < text["vocabulary"],
         "text heads": text["width"] % text["heads"] == 0,
-        "unet heads": all(c % heads == 0 for c, heads in zip(unet["widths"], unet["heads"])),
-        "groups": all(c % part["groups"] == 0 for part in (unet, vae) for c in part["widths"]),
+        "groups": all(c % vae["groups"] == 0 for c in vae["widths"]),
         "scale": 0 < vae["scale"] < math.inf,
     }
     if wrong := [name for name, good in right.items() if not good]:
@@ -2545,9 +2568,14 @@ def check_output(path):
 
 
 # The names that other programs use for our options in a PNG, and how to read what stands there.
+OTHER_NAMES = {
+    "euler a": "euler-a", "dpm++ 2m": "dpm++", "dpm++ 2m karras": "dpm++-karras",
+    "cpu": "torch", "nv": "philox", "gpu": "philox",
+}  # fmt: skip
+known_as = lambda name: OTHER_NAMES.get(name.lower(), name.lower())
 PARAMETERS = {
-    "Steps": ("steps", int), "Sampler": ("sampler", str.lower), "CFG scale": ("cfg", float),
-    "Seed": ("seed", int), "RNG": ("rng", str), "dtype": ("dtype", str),
+    "Steps": ("steps", int), "Sampler": ("sampler", known_as), "CFG scale": ("cfg", float),
+    "Seed": ("seed", int), "RNG": ("rng", known_as), "dtype": ("dtype", str),
     "Denoising strength": ("strength", float), "Image": ("image", Path), "Mask": ("mask", Path),
     "Clip skip": ("clip_skip", int), "Lora": ("lora", shlex.split), "Words": ("words", shlex.split),
     "ControlNet": ("controlnet", shlex.split), "Control image": ("control_image", shlex.split),
@@ -2572,8 +2600,11 @@ def parameters(args, prompt, seed, width, height, images=1):
 
 def read_parameters(path):
     """-> {option: value} from a PNG's "parameters"."""
-    with Image.open(path) as image:
-        text = image.info.get("parameters")
+    try:
+        with Image.open(path) as image:
+            text = image.info.get("parameters")
+    except DAMAGED as error:
+        raise ValueError(f"--from-png {path}: {error}") from None
     if not isinstance(text, str) or "\nSteps: " not in text:
         raise ValueError(f"--from-png {path}: it does not say how it was made.")
     text, _, line = text.rpartition("\nSteps: ")
@@ -2636,6 +2667,8 @@ PROMPT = "a red house on the grass at sunset"
 def with_number(text):
     """FILE or FILE:NUMBER -> path, number; 1 if there is none."""
     file, colon, number = str(text).rpartition(":")
+    if Path(text).exists():
+        return Path(text), 1.0
     try:
         path, number = (file, float(number)) if colon and file else (text, 1.0)
     except ValueError:  # a colon in the name
@@ -2670,6 +2703,8 @@ def way_of(sd, args):
         if nine:
             raise ValueError(f"{args.model} paints into pictures only: give --image and --mask.")
         return None
+    size = (64 if n is None else n for n in (args.width, args.height))
+    check_options(args.steps, args.cfg, args.sampler, *size, args.n_images, args.rng)
     picture, opaque = load_picture(args.image, args.width, args.height)
     args.height, args.width, _ = picture.shape
     mask, picture = find_mask(picture, opaque, args.mask)
@@ -2689,7 +2724,9 @@ def with_controls(sd, args):
             f"{len(args.controlnet)} --controlnet and {len(args.control_image)} --control-image: "
             "each of the first needs one of the second."
         )
-    width, height = args.width or sd.config["size"], args.height or sd.config["size"]
+    size = (sd.config["size"] if n is None else n for n in (args.width, args.height))
+    width, height = size
+    check_options(args.steps, args.cfg, args.sampler, width, height, args.n_images, args.rng)
     controls = []
     for (path, weight), image in zip(map(with_number, args.controlnet), args.control_image):
         picture, _ = load_picture(image, width, height)
@@ -2747,12 +2784,13 @@ def paint(sd, args, way):
     for prompt, first, count, number in share_of_this_process(prompts, args.n_images):
         seed, start, x = args.seed + first, time.perf_counter(), None
 
-        def keep(picture, k, number=number, prompt=prompt, seed=seed, step=None, images=1):
+        def keep(picture, k, number=number, prompt=prompt, seed=seed, step=None, images=1, size=0):
             path, stem = args.output, args.output.stem
             if mx.distributed.init().size() > 1 and number + k:  # not the names of other processes
                 path = path.with_stem(f"{stem}-{number + k + 1}")
             path = path if step is None else path.with_stem(f"{path.stem}-step-{step:03d}")
-            save(picture, path, parameters(args, prompt, seed + k, *picture.size, images))
+            size = size or picture.size
+            save(picture, path, parameters(args, prompt, seed + k, *size, images))
 
         walk = sd.generate_latents(prompt, seed=seed, n_images=count, **options)
         for i, x in enumerate(walk, 1):
@@ -2764,7 +2802,8 @@ def paint(sd, args, way):
                     keep(picture, k, step=i, images=f"step {i}")
         pictures = finished(x, seed)
         if args.n_rows:
-            keep(grid(pictures, args.n_rows), 0, images=f"{count} in {args.n_rows} rows")
+            images, size = f"{count} in {args.n_rows} rows", pictures[0].size
+            keep(grid(pictures, args.n_rows), 0, images=images, size=size)
         else:
             for k, picture in enumerate(pictures):
                 keep(picture, k)

@@ -166,17 +166,21 @@ def open_openvino(folder, task, precision="f32"):
 
     core, ready = openvino.Core(), {}
 
-    def run(*arguments):
+    def prepare(*arguments):
         shapes = tuple(a.shape for a in arguments)
         if shapes not in ready:
             ready.clear()
             model = core.read_model(folder / f"{task}.xml")
             model.reshape(dict(enumerate(map(list, shapes))))
-            ready[shapes] = core.compile_model(
-                model, "CPU", {"INFERENCE_PRECISION_HINT": precision}
-            )
-        return ready[shapes](list(arguments))[0]
+            hint = {"INFERENCE_PRECISION_HINT": precision}
+            ready[shapes] = core.compile_model(model, "CPU", hint)
+            ready[shapes](list(arguments))  # the first call is slower
+        return ready[shapes]
 
+    def run(*arguments):
+        return prepare(*arguments)(list(arguments))[0]
+
+    run.prepare = prepare
     return run
 
 
