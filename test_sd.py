@@ -1029,8 +1029,25 @@ def test_pictures_of_every_kind_are_read(mode, tmp_path):
 
 def test_a_picture_that_is_a_bomb_is_refused(tmp_path):
     Image.new("1", (20000, 10000)).save(tmp_path / "bomb.png")
-    done = cli("--image", "bomb.png", cwd=tmp_path)
-    assert done.returncode == 2 and "too large" in done.stderr and "Traceback" not in done.stderr
+    for option in ("--image", "--from-png"):
+        done = cli(option, "bomb.png", cwd=tmp_path)
+        assert done.returncode == 2 and "bomb.png" in done.stderr and "limit" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_damaged_picture_is_refused_by_name(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "good.png")
+    whole = (tmp_path / "good.png").read_bytes()
+    rng = random.Random(0)
+    for _ in range(300):
+        bad = bytearray(whole)
+        for _ in range(3):
+            bad[rng.randrange(8, len(bad))] = rng.randrange(256)
+        (tmp_path / "bad.png").write_bytes(bad[: rng.choice((len(bad), len(bad) // 2))])
+        try:
+            sd.load_picture(tmp_path / "bad.png")
+        except ValueError as error:
+            assert "bad.png" in str(error)
 
 
 def test_a_photo_is_turned_and_resized_with_a_message(tmp_path, capsys):
@@ -1546,6 +1563,19 @@ def test_both_forms_of_a_controlnet_are_the_same_flat_file(
     torch.save({"state_dict": bare, "sd_config": numbers}, tmp_path / "shuffle.pth")
     same(run(tmp_path / "shuffle.pth"), truth)
     assert run.config["pool"] and run.config["kind"] == "controlnet"
+
+
+@pytest.mark.parametrize("numbers", [{"heads": [0] * 4}, {"groups": "x"}, {"widths": [1e9] * 4}])
+def test_a_controlnet_whose_config_makes_no_sense_is_refused(controlnet, numbers, tmp_path):
+    path = flat_controlnet(controlnet, tmp_path)
+    with safe_open(path, "np") as file:
+        metadata = file.metadata()
+    config = json.loads(metadata["config"])
+    config["unet"] |= numbers
+    metadata["config"] = json.dumps(config)
+    mx.save_safetensors(str(tmp_path / "bad.safetensors"), mx.load(str(path)), metadata)
+    with pytest.raises(ValueError, match="bad.safetensors has a config that can't be"):
+        sd.ControlNet(tmp_path / "bad.safetensors")
 
 
 def test_a_controlnet_for_another_model_is_refused(tiny, drawn, tmp_path):
@@ -2120,6 +2150,9 @@ RED_HOUSE = str(HERE / "tiny" / "red-house.png")
         (["--image", RED_HOUSE, "--strength", "nan"], ["nan"]),
         (["--image", RED_HOUSE, "--strength", "0.01"], ["0.01", "steps"]),
         (["--image", RED_HOUSE, "--width", "100"], ["100", "64 or 128"]),
+        (["--image", RED_HOUSE, "--width", "0"], ["width 0"]),
+        (["--image", RED_HOUSE, "--height", "-64"], ["height -64"]),
+        (["--control-image", RED_HOUSE, "--controlnet", "a:nan"], ["a:nan"]),
         (["--mask", "a.png"], ["--mask", "--image"]),
         (["--strength", "0.5"], ["--strength", "--image"]),
         (["--image", RED_HOUSE, "--mask", "nowhere.png"], ["nowhere.png"]),
@@ -2205,11 +2238,13 @@ def test_a_picture_is_made_again_from_what_it_says(tmp_path):
     a, b = Image.open(tmp_path / "a.png"), Image.open(tmp_path / "b.png")
     assert np.array_equal(np.asarray(a), np.asarray(b)) and a.text == b.text
     info = PngInfo()
-    info.add_text("parameters", "a tree\nSteps: 2, Sampler: Euler, Seed: 5, Size: 64x64, X: y")
+    line = "Steps: 2, Sampler: Euler a, Seed: 5, Size: 64x64, RNG: NV, Denoising strength: 0.4"
+    info.add_text("parameters", f"a tree\n{line}")
     Image.new("RGB", (64, 64)).save(tmp_path / "other.png", pnginfo=info)
     assert cli("--from-png", "other.png", "--output", "c.png", cwd=tmp_path).returncode == 0
     assert Image.open(tmp_path / "c.png").size == (64, 64)
-    assert "Seed: 5" in Image.open(tmp_path / "c.png").text["parameters"]
+    said = Image.open(tmp_path / "c.png").text["parameters"]
+    assert all(x in said for x in ("Seed: 5", "Sampler: EULER-A", "RNG: philox"))
 
 
 def test_a_file_of_prompts_is_painted_line_by_line(tmp_path):
