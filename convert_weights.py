@@ -1803,6 +1803,8 @@ def refuse_to_overwrite(output, path, found):
     used = {path, *(tensor.path for _, _, tensor in found)}
     if output.exists() and any(os.path.samefile(output, one) for one in used):
         raise ConversionError(f"{output} is what is being converted. Give -o another name.")
+    if output.exists() and not flat_metadata(output).get("format", "").startswith("sd.py"):
+        raise ConversionError(f"{output} is there already, and no flat file. Give -o another name.")
 
 
 def warnings(source, log):
@@ -1855,25 +1857,26 @@ def flat_file(path, log):
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "sd.py"
     beside, cached = path.parent / name, cache / f"{made_from[:12]}-{name}"
     for place in (beside, cached):
-        if made_from_of(place) == made_from:
+        if flat_metadata(place).get("made_from") == made_from:
             log(f"using {place}, made from {path.name} before")
             return place
     # Only what was made in this way before may be replaced.
-    free = not os.path.lexists(beside) or made_from_of(beside)
+    free = not os.path.lexists(beside) or "made_from" in flat_metadata(beside)
     place = beside if free and os.access(path.parent, os.W_OK) else cached
     place.parent.mkdir(parents=True, exist_ok=True)
     log(f"{path.name} is not a flat file. Converting it once, to {place}")
     return convert(path, place, log=log, made_from=made_from)
 
 
-def made_from_of(path):
-    """What a flat file says it was made from; "" if it does not, or is none."""
+def flat_metadata(path):
+    """A flat file's metadata; {} for other files."""
     try:
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            return json.loads(file.read(min(length, MOST_BYTES)))["__metadata__"]["made_from"]
-    except (OSError, ValueError, KeyError, TypeError, struct.error, RecursionError):
-        return ""
+            found = json.loads(file.read(min(length, MOST_BYTES)))["__metadata__"]
+            return {key: str(value) for key, value in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError):
+        return {}
 
 
 # %% 12. Command line -------------------------------------------------------------------------

@@ -3240,19 +3240,25 @@ def test_the_command_line_ends_in_one_message(tmp_path, weights, capsys):
 
 def test_a_full_disk_leaves_the_old_file_and_no_new_one(tmp_path, weights, capsys, monkeypatch):
     save_file(weights, tmp_path / "model.safetensors")
-    (tmp_path / "out").write_text("precious")
+    output = convert(tmp_path / "model.safetensors", tmp_path / "out", log=lambda line: None)
+    before = output.read_bytes()
 
     def full(fd):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(convert_weights.os, "fsync", full)
-    refused(
-        capsys,
-        tmp_path / "model.safetensors",
-        "No space left",
-        options=["-o", str(tmp_path / "out")],
-    )
-    assert (tmp_path / "out").read_text() == "precious"
+    options = ["-o", str(output), "--dtype", "bfloat16"]
+    refused(capsys, tmp_path / "model.safetensors", "No space left", options=options)
+    assert output.read_bytes() == before
+
+
+def test_what_is_no_flat_file_is_not_overwritten(tmp_path, weights, capsys):
+    save_file(weights, tmp_path / "model.safetensors")
+    for name, more in (("model.flat.safetensors", []), ("notes.txt", ["-o"])):
+        (tmp_path / name).write_text("precious")
+        options = more and [*more, str(tmp_path / name)]
+        refused(capsys, tmp_path / "model.safetensors", name, "already", options=options)
+        assert (tmp_path / name).read_text() == "precious"
 
 
 def test_converting_needs_no_torch_and_little_memory(tmp_path, weights):
