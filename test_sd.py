@@ -983,6 +983,16 @@ def test_image_to_image_is_that_of_diffusers(tiny, tiny_pipeline, drawn, strengt
     assert error <= 1e-3
 
 
+def test_image_to_image_from_python_is_that_of_the_command_line(tiny, drawn, tmp_path):
+    drawn.save(tmp_path / "a.png")
+    options = {"strength": 0.6, "seed": 3, "steps": 5}
+    (picture,) = tiny.img2img("a blue house", tmp_path / "a.png", **options)
+    words = [x for name, value in options.items() for x in (f"--{name}", value)]
+    done = cli("--image", "a.png", "--prompt", "a blue house", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert np.array_equal(np.asarray(picture), np.asarray(Image.open(tmp_path / "out.png")))
+
+
 @pytest.mark.parametrize("name", sd.SAMPLERS)
 @pytest.mark.parametrize("strength", [0.3, 1])
 def test_every_sampler_begins_with_the_noise_of_its_first_timestep(tiny, drawn, name, strength):
