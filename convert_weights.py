@@ -7,6 +7,7 @@ three customs of writing it down: PyTorch's .ckpt, the same names in .safetensor
 of the diffusers library, with names of their own. sd.py knows none of them. It reads one file in
 which a tensor's name is its place in sd.py, a convolution's weight lies channels-last, (out, kh,
 kw, in), every 1x1 convolution is the linear layer it is, and a little JSON tells the rest.
+LoRAs, ControlNets and textual inversions become such files, too.
 
     source  ->  {name: where its bytes are}         nothing is read yet              1 - 5
             ->  which model is it?                  or a sentence why not            6, 8
@@ -18,7 +19,7 @@ at all; section 2 steps through it without ever calling anything. A tensor is re
 needs it and its shape is the expected one. Whatever goes wrong ends in one sentence and no file.
 
      1 Tensors in their files     5 diffusers folders     9 Writing
-     2 Pickles, not executed      6 Which model is it?   10 ControlNets and LoRAs
+     2 Pickles, not executed      6 Which model is it?   10 LoRAs, ControlNets, words
      3 PyTorch's two formats      7 What sd.py needs     11 Convert
      4 safetensors                8 Numbers              12 Command line
 """
@@ -548,8 +549,8 @@ NOT_WEIGHTS = (
 )
 
 
-DAMAGE = (ValueError, OverflowError, RecursionError, NotImplementedError, EOFError)
-DAMAGE += (struct.error, zipfile.BadZipFile)
+DAMAGE = (ValueError, OverflowError, RecursionError, EOFError, struct.error, zipfile.BadZipFile)
+DAMAGE += (NotImplementedError,)  # zipfile's, for a way of compressing that it does not know
 
 
 def read_file(path):
@@ -1252,16 +1253,15 @@ def merged(guess, told, schema, told_by):
 
 def describe(unet, text, vae, source, vae_source):
     """-> config, all but the prediction and the size that follows from it; is it 2.x; why"""
-    unet_level = "input_blocks.{1}.0.in_layers.2.weight", "down_blocks.{0}.resnets.0.conv1.weight"
-    vae_level = (
-        "encoder.down.{0}.block.0.conv1.weight",
-        "encoder.down_blocks.{0}.resnets.0.conv1.weight",
-    )
-    widths = lambda part, level: [
-        part.size(*(name.format(k, 3 * k + 1) for name in level), 0) for k in range(4)
+    unet_widths, context = unet_numbers(unet)
+    vae_widths = [
+        vae.size(
+            f"encoder.down.{k}.block.0.conv1.weight",
+            f"encoder.down_blocks.{k}.resnets.0.conv1.weight",
+            0,
+        )
+        for k in range(4)
     ]
-    to_k = "transformer_blocks.0.attn2.to_k.weight"
-    context = unet.size(f"input_blocks.1.1.{to_k}", f"down_blocks.0.attentions.0.{to_k}", 1)
     embedding = "token_embedding.weight", "embeddings.token_embedding.weight"
     vocabulary, width = text.size(*embedding, 0), text.size(*embedding, 1)
     if width != context:
@@ -1273,7 +1273,6 @@ def describe(unet, text, vae, source, vae_source):
     openclip = text.layout == ORIGINAL
     gelu = width == 1024 or told.get("text", {}).get("activation") == "gelu"
     why = f"its text encoder is {'OpenCLIP' if openclip or gelu else 'CLIP'}'s, {width} wide"
-    unet_widths = widths(unet, unet_level)
     guess = rule(openclip or gelu, unet_widths, width, text_layers(text, width))
     config = merged(guess, told, SCHEMA, source.told_by)
     if vae_source is not None:
@@ -1281,9 +1280,23 @@ def describe(unet, text, vae, source, vae_source):
         config["vae"] |= told.get("vae", {})
     config["text"] |= {"width": width, "vocabulary": vocabulary}
     config["unet"] |= {"widths": unet_widths, "context_width": context}
-    config["vae"] |= {"widths": widths(vae, vae_level)}
+    config["vae"] |= {"widths": vae_widths}
     check_divisions(config)
     return config, openclip or gelu, why
+
+
+def unet_numbers(part):
+    """-> widths of a UNet's floors, or of the copy of them in a ControlNet; the context's width"""
+    widths = [
+        part.size(
+            f"input_blocks.{3 * k + 1}.0.in_layers.2.weight",
+            f"down_blocks.{k}.resnets.0.conv1.weight",
+            0,
+        )
+        for k in range(4)
+    ]
+    to_k = "transformer_blocks.0.attn2.to_k.weight"
+    return widths, part.size(f"input_blocks.1.1.{to_k}", f"down_blocks.0.attentions.0.{to_k}", 1)
 
 
 def rule(second, widths, text_width, layers):
@@ -1458,7 +1471,7 @@ def write(output, found, dtype, merges, metadata):
         raise
 
 
-# %% 10. ControlNets and LoRAs ----------------------------------------------------------------
+# %% 10. LoRAs, ControlNets, words ------------------------------------------------------------
 # Flat files of their own. A ControlNet is a part like the UNet, with a table. A LoRA holds two thin
 # matrices for each layer it changes, and spells the layer's name in one of several ways, with dots,
 # or with underscores for the dots, which cannot be undone: to_out_0 may be to_out.0 or to.out.0. So
@@ -1614,13 +1627,14 @@ def convert_words(source):
 
 
 def is_words(source):
-    names = list(source.tensors)
-    if any(re.match(pattern, name) for _, pattern in NO_MODELS for name in names):
+    if len(source.tensors) != 1:
         return False
-    if len(names) == 1 and names[0].split(".")[0] in WORD_MARKS:
+    ((name, tensor),) = source.tensors.items()
+    if name.split(".")[0] in WORD_MARKS:
         return True
-    small = all(len(t.shape) in (1, 2) and t.shape[-1:] < (2048,) for t in source.tensors.values())
-    return len(names) == 1 and small and re.fullmatch(r"<?[\w -]+>?", names[0]) is not None
+    small = len(tensor.shape) in (1, 2) and tensor.shape[-1] < 2048
+    known = any(re.match(pattern, name) for _, pattern in NO_MODELS)
+    return small and not known and re.fullmatch(r"<?[\w -]+>?", name) is not None
 
 
 def convert_other(source, options):
@@ -1648,17 +1662,14 @@ def convert_lora(source):
 
 
 def convert_controlnet(source, part):
-    unet_level = "input_blocks.{1}.0.in_layers.2.weight", "down_blocks.{0}.resnets.0.conv1.weight"
-    widths = [part.size(*(n.format(k, 3 * k + 1) for n in unet_level), 0) for k in range(4)]
-    to_k = "transformer_blocks.0.attn2.to_k.weight"
-    context = part.size(f"input_blocks.1.1.{to_k}", f"down_blocks.0.attentions.0.{to_k}", 1)
+    widths, context = unet_numbers(part)
     second = context == 1024
-    numbers = {"heads": [w // 64 for w in widths] if second else [8] * 4, "groups": 32}
+    numbers = rule(second, widths, context, None)["unet"]
     told = {"unet": source.numbers.get("unet", {})}
-    told = merged({}, told, SCHEMA, source.told_by)["unet"]
+    numbers = merged({"unet": numbers}, told, SCHEMA, source.told_by)["unet"]
     config = {
         "kind": "controlnet",
-        "unet": {"widths": widths, "context_width": context, **numbers, **told},
+        "unet": {"widths": widths, "context_width": context, **numbers},
         # Nothing in the tensors tells; it goes by the name, as everywhere.
         "pool": bool(source.numbers.get("pool", "shuffle" in source.path.stem)),
     }
@@ -1884,7 +1895,8 @@ def flat_metadata(path):
 
 def main(argv=None):
     p = argparse.ArgumentParser(
-        description="Turn a Stable Diffusion 1.x or 2.x checkpoint into the flat file sd.py reads."
+        description="Turn a Stable Diffusion 1.x or 2.x checkpoint, a LoRA, a ControlNet or a "
+        "textual inversion for one into the flat file sd.py reads."
     )
     p.add_argument(
         "source",

@@ -192,7 +192,7 @@ class Tokenizer:
 
 
 # %% 2. Layers -------------------------------------------------------------------------------------
-# What the three networks are made of: eight functions, and small classes that keep weights for
+# What the three networks are made of: ten functions, and small classes that keep weights for
 # them. The functions stand apart because section 16 swaps them for faster ones of the same name;
 # what you read here is what they mean.
 #
@@ -1017,11 +1017,12 @@ DAMAGED = (OSError, ValueError, SyntaxError, RuntimeError, TypeError, EOFError)
 DAMAGED += (OverflowError, Image.DecompressionBombError)
 
 
-def load_picture(file, width=None, height=None):
+def load_picture(file, width=None, height=None, green_is_hole=False):
     """A picture of any kind -> (RGB (h, w, 3), what is opaque (h, w)), float32 in [0, 1].
 
     file: a path, an open file or a PIL image. It is turned as its EXIF note says, and resized to
-    width and height, by default the nearest multiples of 64. Pure green counts as transparent.
+    width and height, by default the nearest multiples of 64. green_is_hole: pure green counts as
+    transparent; not in a mask or a pose, where green is a colour.
     """
     try:
         image = ImageOps.exif_transpose(file if isinstance(file, Image.Image) else Image.open(file))
@@ -1032,7 +1033,8 @@ def load_picture(file, width=None, height=None):
         raise
     except DAMAGED as error:
         raise ValueError(f"{file} can't be read as a picture: {error}") from None
-    pixels[(pixels[..., :3] == (0, 255, 0)).all(2), 3] = 0  # before resizing mixes it with others
+    if green_is_hole:  # before resizing mixes it with others
+        pixels[(pixels[..., :3] == (0, 255, 0)).all(2), 3] = 0
     image = Image.fromarray(pixels)
     near = [max(64, round(n / 64) * 64) for n in image.size]
     size = (width or near[0], height or near[1])
@@ -1045,7 +1047,7 @@ def load_picture(file, width=None, height=None):
 
 def img2img(self, prompt, image, strength=0.75, width=None, height=None, **options):
     """A sentence and a picture -> list of PIL pictures. Options: those of generate_latents."""
-    picture, _ = load_picture(image, width, height)
+    picture = find_mask(*load_picture(image, width, height, green_is_hole=True))[1]
     return paint_with(prompt, FromPicture(self, picture, strength), options)
 
 
@@ -1177,7 +1179,7 @@ def blur(x, radius):
 
 def inpaint(self, prompt, image, mask=None, strength=1.0, width=None, height=None, **options):
     """A sentence, a picture, and where to paint -> list of PIL pictures."""
-    picture, opaque = load_picture(image, width, height)
+    picture, opaque = load_picture(image, width, height, green_is_hole=True)
     mask, picture = find_mask(picture, opaque, mask)
     return paint_with(prompt, Inpainting(self, picture, mask, strength), options)
 
@@ -1367,7 +1369,10 @@ def words(path):
 
 
 def clip_skip(count):
-    """Stop reading count - 1 layers before the last, as some models were trained."""
+    """Stop reading count - 1 layers before the last, as some models were trained.
+
+    Among changes it comes last: before a LoRA it would take away layers that the LoRA changes.
+    """
 
     def change(config, weights):
         left = config["text"]["layers"] - (count - 1)
@@ -1526,21 +1531,31 @@ def weigh(text):
     return joined
 
 
-def chunks(sd, text):
-    """-> [[(id, weight)]] with at most 75 in each, at least one."""
-    out, words = [[]], sd.config.get("words", {})
-    names = sorted(words, key=len, reverse=True)
+def read_words(sd, text):
+    """Yield (word, its pieces, their ids, weight); weight None and no ids for BREAK."""
+    vectors = sd.config.get("words", {})
+    names = sorted(vectors, key=len, reverse=True)
     known = regex.compile("|".join(rf"(?<!\w){regex.escape(n)}(?!\w)" for n in names) or r"(?!)")
     for piece, weight in weigh(text):
         if weight is None:
-            out.append([])
+            yield "BREAK", (), [], None
             continue
-        ids, at = [], 0  # each a list of ids that stay together
+        at = 0
         for match in known.finditer(piece):
-            ids += [[i] for _, _, w in sd.tokenizer.words(piece[at : match.start()]) for i in w]
-            ids, at = [*ids, words[match[0]]], match.end()
-        ids += [[i] for _, _, w in sd.tokenizer.words(piece[at:]) for i in w]
-        for together in ids:
+            yield from ((*word, weight) for word in sd.tokenizer.words(piece[at : match.start()]))
+            yield match[0], (match[0],), vectors[match[0]], weight
+            at = match.end()
+        yield from ((*word, weight) for word in sd.tokenizer.words(piece[at:]))
+
+
+def chunks(sd, text):
+    """-> [[(id, weight)]] with at most 75 in each, at least one."""
+    out = [[]]
+    for word, _, ids, weight in read_words(sd, text):
+        if weight is None:
+            out.append([])
+        new = word in sd.config.get("words", {})
+        for together in [ids] if new else [[i] for i in ids]:  # one's vectors are not parted
             if len(out[-1]) + len(together) > 75:
                 out.append([])
             out[-1] += [(i, weight) for i in together]
@@ -2467,8 +2482,7 @@ class LowMemory(StableDiffusion):
     """StableDiffusion with one network in memory at a time, batches of one, and a VAE in tiles.
 
     The pictures are the same up to rounding where they fit one tile, the size the model was trained
-    on. The price is reading the weights again for each picture. ControlNets stay in memory, and
-    with a picture to begin with the half of the VAE that encoded it.
+    on. The price is reading the weights again for each picture. ControlNets stay in memory.
     """
 
     def read(self):
@@ -2490,6 +2504,12 @@ class LowMemory(StableDiffusion):
     def decode(self, x):
         self.let_go("unet", self.unet.network, self.dtype)
         return super().decode(x)
+
+    def encode(self, *arguments):
+        x = super().encode(*arguments)
+        mx.eval(x)
+        self.let_go("vae", self.vae.network, mx.float32)
+        return x
 
 
 # %% 18. Command line ------------------------------------------------------------------------------
@@ -2630,16 +2650,15 @@ def save(picture, path, text):
     """Write under another name first, so that a full disk can't leave half a picture."""
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", text.encode(errors="replace").decode())
-    path = free_name(path)
     number, part = tempfile.mkstemp(suffix=".part", dir=path.parent)
     try:
         with open(number, "wb") as file:
             picture.save(file, format="PNG", pnginfo=info)
         os.chmod(part, 0o644)  # mkstemp's files are for their owner only
+        path = free_name(path)
         os.replace(part, path)
     except BaseException:
         os.unlink(part)
-        os.unlink(path)
         raise
     print(f"saved {path}")
 
@@ -2654,11 +2673,15 @@ def grid(pictures, rows):
     return sheet
 
 
-def show_tokens(tokenizer, text):
-    for word, pieces, ids in tokenizer.words(text):
-        print(f"{word:20s} {' '.join(pieces):30s} {' '.join(map(str, ids))}")
-    count = sum(len(ids) for _, _, ids in tokenizer.words(text))
-    print(f"{count} of 75 tokens")
+def show_tokens(sd, text):
+    """How section 13 reads the prompt, or with --plain-prompt section 1."""
+    plain = ((*word, 1.0) for word in sd.tokenizer.words(text))
+    for word, pieces, ids, weight in plain if sd.plain_prompt else read_words(sd, text):
+        times = "" if weight in (None, 1.0) else f"  x {weight:.3g}"
+        print(f"{word:20s} {' '.join(pieces):30s} {' '.join(map(str, ids))}{times}".rstrip())
+    plain = [i for _, _, ids in sd.tokenizer.words(text) for i in ids]
+    counts = [len(plain)] if sd.plain_prompt else map(len, chunks(sd, text))
+    print(" + ".join(map(str, counts)), "of 75 tokens")
 
 
 PROMPT = "a red house on the grass at sunset"
@@ -2666,9 +2689,9 @@ PROMPT = "a red house on the grass at sunset"
 
 def with_number(text):
     """FILE or FILE:NUMBER -> path, number; 1 if there is none."""
-    file, colon, number = str(text).rpartition(":")
     if Path(text).exists():
         return Path(text), 1.0
+    file, colon, number = text.rpartition(":")
     try:
         path, number = (file, float(number)) if colon and file else (text, 1.0)
     except ValueError:  # a colon in the name
@@ -2690,6 +2713,8 @@ def model_of(args):
         sd.checked([])  # so that a damaged one is noticed now
     args.dtype = str(sd.dtype).removeprefix("mlx.core.")
     args.cfg = sd.config["cfg"] if args.cfg is None else args.cfg
+    size = (sd.config["size"] if n is None else n for n in (args.width, args.height))
+    check_options(args.steps, args.cfg, args.sampler, *size, args.n_images, args.rng)
     return sd
 
 
@@ -2703,9 +2728,7 @@ def way_of(sd, args):
         if nine:
             raise ValueError(f"{args.model} paints into pictures only: give --image and --mask.")
         return None
-    size = (64 if n is None else n for n in (args.width, args.height))
-    check_options(args.steps, args.cfg, args.sampler, *size, args.n_images, args.rng)
-    picture, opaque = load_picture(args.image, args.width, args.height)
+    picture, opaque = load_picture(args.image, args.width, args.height, green_is_hole=True)
     args.height, args.width, _ = picture.shape
     mask, picture = find_mask(picture, opaque, args.mask)
     if args.mask or mask.mean() > 0.005:  # not for a few green or transparent pixels
@@ -2719,19 +2742,19 @@ def way_of(sd, args):
 
 
 def with_controls(sd, args):
+    if not args.controlnet and not args.control_image:
+        return sd
     if len(args.controlnet) != len(args.control_image):
         raise ValueError(
             f"{len(args.controlnet)} --controlnet and {len(args.control_image)} --control-image: "
             "each of the first needs one of the second."
         )
-    size = (sd.config["size"] if n is None else n for n in (args.width, args.height))
-    width, height = size
-    check_options(args.steps, args.cfg, args.sampler, width, height, args.n_images, args.rng)
+    width, height = (n or sd.config["size"] for n in (args.width, args.height))
     controls = []
     for (path, weight), image in zip(map(with_number, args.controlnet), args.control_image):
         picture, _ = load_picture(image, width, height)
         controls.append((ControlNet(flat_file(path), sd.dtype), picture, weight))
-    return sd.controlled(*controls) if controls else sd
+    return sd.controlled(*controls)
 
 
 def read_prompts(path):
@@ -2746,7 +2769,7 @@ def read_prompts(path):
 
 
 def share_of_this_process(prompts, n_images):
-    """-> [(prompt, number of its first picture, how many, number of that among all)]
+    """Yield (prompt, number of its first picture, how many, number of that among all).
 
     Started with mlx.launch -n 2 python sd.py ..., two processes paint half of the pictures each.
     """
@@ -2759,21 +2782,22 @@ def share_of_this_process(prompts, n_images):
         yield prompts[k], pictures[0][1][1], len(pictures), pictures[0][0]
 
 
-def paint(sd, args, way):
-    """Run the generator, say after each step how long the rest will take, and save the pictures."""
-    names = "negative_prompt", "steps", "cfg", "sampler", "width", "height", "rng"
-    options = {name: getattr(args, name) for name in names}
-    steps = args.steps
-    if way:
-        options["variations"] = [way.vary]
-        steps = len(way.rest(range(steps)))
-    end = "\r" if sys.stderr.isatty() else "\n"
-    prompts = read_prompts(args.prompts) if args.prompts else [args.prompt]
+def paint(sd, args, way, prompts):
+    """Every prompt's pictures, or this process's share of them."""
     for text in [*prompts, args.negative_prompt] if args.plain_prompt else []:
         if unread := sd.tokenizer.unread(text):
             print(f'sd.py: the prompt is too long. Not read: "{unread}"', file=sys.stderr)
+    for prompt, first, count, number in share_of_this_process(prompts, args.n_images):
+        paint_prompt(sd, args, way, prompt, args.seed + first, count, number)
 
-    def finished(x, seed):
+
+def paint_prompt(sd, args, way, prompt, seed, count, number):
+    """Run the generator, say after each step how long the rest will take, and save the pictures.
+
+    number: that of the first picture among those of all processes.
+    """
+
+    def finished(x):
         pictures = sd.to_pictures(x, args.decode_batch)
         pictures = way.finish(pictures) if way else pictures
         pictures, flagged = sd.checked(pictures) if args.safety_check else (pictures, [])
@@ -2781,32 +2805,34 @@ def paint(sd, args, way):
             print(f"sd.py: the safety checker blacked out seed {seed + i}", file=sys.stderr)
         return pictures
 
-    for prompt, first, count, number in share_of_this_process(prompts, args.n_images):
-        seed, start, x = args.seed + first, time.perf_counter(), None
+    def keep(picture, k, step=None, images=1, size=None):
+        path = args.output
+        if mx.distributed.init().size() > 1 and number + k:  # not the names of other processes
+            path = path.with_stem(f"{path.stem}-{number + k + 1}")
+        path = path if step is None else path.with_stem(f"{path.stem}-step-{step:03d}")
+        save(picture, path, parameters(args, prompt, seed + k, *(size or picture.size), images))
 
-        def keep(picture, k, number=number, prompt=prompt, seed=seed, step=None, images=1, size=0):
-            path, stem = args.output, args.output.stem
-            if mx.distributed.init().size() > 1 and number + k:  # not the names of other processes
-                path = path.with_stem(f"{stem}-{number + k + 1}")
-            path = path if step is None else path.with_stem(f"{path.stem}-step-{step:03d}")
-            size = size or picture.size
-            save(picture, path, parameters(args, prompt, seed + k, *size, images))
-
-        walk = sd.generate_latents(prompt, seed=seed, n_images=count, **options)
-        for i, x in enumerate(walk, 1):
-            pace = (time.perf_counter() - start) / i
-            line = f"step {i}/{steps}  {pace:.2f} s a step  {pace * (steps - i):.0f} s left "
-            print(line, end=end if i < steps else "\n", file=sys.stderr, flush=True)
-            if args.save_every and i % args.save_every == 0 and i < steps:
-                for k, picture in enumerate(finished(x, seed)):
-                    keep(picture, k, step=i, images=f"step {i}")
-        pictures = finished(x, seed)
-        if args.n_rows:
-            images, size = f"{count} in {args.n_rows} rows", pictures[0].size
-            keep(grid(pictures, args.n_rows), 0, images=images, size=size)
-        else:
-            for k, picture in enumerate(pictures):
-                keep(picture, k)
+    names = "negative_prompt", "steps", "cfg", "sampler", "width", "height", "rng"
+    options = {name: getattr(args, name) for name in names}
+    options["variations"] = [way.vary] if way else []
+    steps = len(way.rest(range(args.steps))) if way else args.steps
+    end = "\r" if sys.stderr.isatty() else "\n"
+    start = time.perf_counter()
+    walk = sd.generate_latents(prompt, seed=seed, n_images=count, **options)
+    for i, x in enumerate(walk, 1):
+        pace = (time.perf_counter() - start) / i
+        line = f"step {i}/{steps}  {pace:.2f} s a step  {pace * (steps - i):.0f} s left "
+        print(line, end=end if i < steps else "\n", file=sys.stderr, flush=True)
+        if args.save_every and i % args.save_every == 0 and i < steps:
+            for k, picture in enumerate(finished(x)):
+                keep(picture, k, step=i, images=f"step {i}")
+    pictures = finished(x)
+    if args.n_rows:
+        images, size = f"{count} in {args.n_rows} rows", pictures[0].size
+        keep(grid(pictures, args.n_rows), 0, images=images, size=size)
+    else:
+        for k, picture in enumerate(pictures):
+            keep(picture, k)
 
 
 def make_parser():
@@ -2923,13 +2949,16 @@ def main(argv=None):
         if not args.show_tokens:
             check_output(args.output)
         sd = model_of(args)
+        prompts = read_prompts(args.prompts) if args.prompts else [args.prompt]
         if args.show_tokens:
-            return show_tokens(sd.tokenizer, args.prompt)
+            for prompt in prompts:
+                show_tokens(sd, prompt)
+            return
         way = way_of(sd, args)
         sd = with_controls(way.sd if way else sd, args)
         if way:
             way.sd = sd
-        paint(sd, args, way)
+        paint(sd, args, way, prompts)
     except (ValueError, OSError) as error:
         stop(error)
     except MemoryError:

@@ -1164,10 +1164,29 @@ def test_the_edge_is_soft_outside_the_mask_only(tiny):
 def test_a_hole_gets_the_colours_around_it_at_any_size():
     picture = Image.new("RGB", (500, 500), (200, 30, 40))
     picture.paste((0, 255, 0), (100, 100, 420, 420))
-    pixels, opaque = sd.load_picture(picture)  # resized to 512 x 512
+    pixels, opaque = sd.load_picture(picture, green_is_hole=True)  # resized to 512 x 512
     hole, filled = sd.find_mask(pixels, opaque)
     assert 0.35 < hole.mean() < 0.45
     assert np.abs(filled - np.array([200, 30, 40]) / 255).max() < 0.15  # no green, no black
+
+
+def test_green_is_a_colour_in_masks_and_poses():
+    pose = Image.new("RGB", (100, 100), (0, 255, 0))
+    pixels, opaque = sd.load_picture(pose)
+    assert pixels.shape == (128, 128, 3) and opaque.min() == 1
+    assert np.array_equal(pixels[64, 64], [0, 1, 0])
+
+
+def test_img2img_begins_with_holes_filled(tiny, drawn, hole):
+    """From Python as from the command line: not with whatever lies below a transparent part."""
+    picture = np.asarray(drawn) * (1 - hole[..., None]).astype(np.uint8)
+    cut = Image.fromarray(np.dstack([picture, 255 * (1 - hole)]).astype(np.uint8))
+    filled = sd.find_mask(*sd.load_picture(cut))[1]
+    options = {"strength": 0.5, "steps": 2, "seed": 1}
+    (picture,) = tiny.img2img("", cut, **options)
+    (same,) = sd.paint_with("", sd.FromPicture(tiny, filled, 0.5), {"steps": 2, "seed": 1})
+    assert np.array_equal(picture, same)
+    assert np.abs(filled[hole > 0]).min() > 0
 
 
 @pytest.mark.parametrize("strength", [0.6, 1.0])
@@ -2357,6 +2376,33 @@ def test_tokens_are_shown(tmp_path):
     word, pieces, more, *ids = result.stdout.splitlines()[1].split()
     assert (word, pieces, more) == ("househunter", "house", "hunter</w>") and len(ids) == 2
     assert result.stdout.splitlines()[-1] == "3 of 75 tokens"
+
+
+def test_tokens_are_shown_as_they_are_read(tmp_path):
+    prompt = "a (red:1.5) house BREAK [cat] " + "dog " * 80
+    result = cli("--show-tokens", "--prompt", prompt)
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert lines[1] == ["red", "red</w>", "736", "x", "1.5"] and ["BREAK"] in lines
+    assert lines[-1] == ["3", "+", "75", "+", "6", "of", "75", "tokens"]
+    plain = cli("--show-tokens", "--plain-prompt", "--prompt", prompt).stdout.splitlines()
+    assert plain[1].startswith("(") and plain[-1].startswith("9")
+    (tmp_path / "prompts.txt").write_text("a cat\na dog and a cat\n")
+    both = cli("--show-tokens", "--prompts", tmp_path / "prompts.txt").stdout
+    assert both.count("of 75 tokens") == 2
+
+
+def test_a_picture_that_can_not_be_saved_leaves_nothing(tmp_path, monkeypatch):
+    """Neither half a picture nor the empty file that keeps a name free."""
+    picture = Image.new("RGB", (64, 64))
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    for module, name in ((sd.tempfile, "mkstemp"), (Image.Image, "save"), (sd.os, "chmod")):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+            patch.setattr(module, name, full)
+            sd.save(picture, tmp_path / "out.png", "x")
+        assert list(tmp_path.iterdir()) == []
 
 
 # %% convert_weights.py ----------------------------------------------------------------------------

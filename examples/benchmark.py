@@ -9,10 +9,9 @@ Without --model, random weights of Stable Diffusion 1.5's sizes are made on the 
 float16, which is what is in a file of weights today; every program gets the same. Needs 20 GB of
 memory and as much disk for a while. Prints Markdown, and writes a plot with --plot.
 
-Each program has a process of its own, as in use; all in one process, sd.py was measured to be a
-tenth slower. They take turns, so that a noisy machine is noisy for all. The first call of each is
-not counted. What they compute is compared, too: the error is the largest difference from diffusers
-in float32 over the largest number.
+Each program has a process of its own, as in use, and they take turns, so that a noisy machine is
+noisy for all. The first call of each is not counted. What they compute is compared, too: the error
+is the largest difference from diffusers in float32 over the largest number.
 """
 
 import argparse
@@ -245,13 +244,7 @@ def write_models(folder, model):
         }
         torch.set_grad_enabled(False)
         text, unet, vae = (test_sd.shake(m).half() for m in test_sd.reference_models(config))
-        scheduler = PNDMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            skip_prk_steps=True,
-            steps_offset=1,
-        )
+        scheduler = test_sd.scheduler(PNDMScheduler)
         StableDiffusionPipeline(
             vae=vae,
             text_encoder=text,
@@ -466,6 +459,10 @@ def machine():
     return f"{model}, {os.cpu_count()} cores, {platform.system()}; OpenBLAS's {kernels} kernels"
 
 
+def installed(package):
+    return importlib.util.find_spec(package) is not None
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--model", metavar="FOLDER", help="a diffusers folder (default: random weights)")
@@ -475,7 +472,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     names = ("mlx", "numpy", "torch", "diffusers", "transformers", "openvino")
     print(f"{date.today()}, {machine()}  ")
-    print(", ".join(f"{n} {importlib.metadata.version(n)}" for n in names if in_place(n)))
+    print(", ".join(f"{n} {importlib.metadata.version(n)}" for n in names if installed(n)))
     curves = {}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -485,10 +482,6 @@ def main(argv=None):
     curves = {task: curve for task, curve in curves.items() if curve}
     if args.plot and curves:
         plot(args.plot, curves)
-
-
-def in_place(package):
-    return importlib.util.find_spec(package) is not None
 
 
 if __name__ == "__main__":
