@@ -550,7 +550,7 @@ NOT_WEIGHTS = (
 
 
 DAMAGE = (ValueError, OverflowError, RecursionError, EOFError, struct.error, zipfile.BadZipFile)
-DAMAGE += (NotImplementedError,)  # zipfile's, for a way of compressing that it does not know
+DAMAGE += (NotImplementedError,)  # zipfile's, for a zip of a later version than it knows
 
 
 def read_file(path):

@@ -1551,11 +1551,11 @@ def read_words(sd, text):
 def chunks(sd, text):
     """-> [[(id, weight)]] with at most 75 in each, at least one."""
     out = [[]]
-    for word, _, ids, weight in read_words(sd, text):
+    for _, _, ids, weight in read_words(sd, text):
         if weight is None:
             out.append([])
-        new = word in sd.config.get("words", {})
-        for together in [ids] if new else [[i] for i in ids]:  # one's vectors are not parted
+        # Ids beyond the last mark are section 11's: the vectors of one word are not parted.
+        for together in [ids] if ids and ids[0] > END else [[i] for i in ids]:
             if len(out[-1]) + len(together) > 75:
                 out.append([])
             out[-1] += [(i, weight) for i in together]
@@ -1760,12 +1760,7 @@ def mlx_normal(seed):
     return draw
 
 
-RNGS = {
-    "torch": torch_normal,
-    "numpy": numpy_normal,
-    "philox": philox_normal,
-    "mlx": mlx_normal,
-}
+RNGS = {"torch": torch_normal, "numpy": numpy_normal, "philox": philox_normal, "mlx": mlx_normal}
 
 
 # %% 16. The same, faster --------------------------------------------------------------------------
@@ -1881,13 +1876,14 @@ class OneThreadEach:
 ONE_THREAD_EACH = OneThreadEach()
 
 
-LITTLE = 1 << 23  # products of two numbers; waking the other cores takes longer
+LITTLE = 1 << 23  # products of two numbers; to wake the other cores takes longer
 
 
 def share(f, *jobs, work):
     """f(job) for each combination of jobs, on all cores. work: how many products, roughly.
 
-    Of the miniature nearly all is LITTLE: its picture took 3.0 s on two cores, and takes 2.0 s so.
+    Little work is done here and now, and OpenBLAS may use what threads it likes. The miniature's
+    picture took 3.0 s on two cores, and takes 2.0 s so.
     """
     jobs = list(itertools.product(*jobs))
     if work < LITTLE:
@@ -1896,14 +1892,14 @@ def share(f, *jobs, work):
         return
     left = iter(jobs)
 
-    def work():
+    def take():
         for job in left:
             f(*job)
 
     with ONE_THREAD_EACH:
-        helpers = [pool().submit(work) for _ in range(min(len(jobs), cores()) - 1)]
+        helpers = [pool().submit(take) for _ in range(min(len(jobs), cores()) - 1)]
         try:
-            work()
+            take()
         finally:  # one that has not begun need not; the others may still be at their last job
             for helper in helpers:
                 helper.cancel() or helper.result()
@@ -2207,18 +2203,8 @@ def gpu_attention(q, k, v, heads, causal=False):
     return y.transpose(0, 2, 1, 3).reshape(b, n, c)
 
 
-PLAIN = (
-    linear,
-    conv2d,
-    group_norm,
-    layer_norm,
-    attention,
-    silu,
-    norm_silu,
-    gelu,
-    quick_gelu,
-    geglu,
-)
+PLAIN = linear, conv2d, group_norm, layer_norm, attention
+PLAIN += silu, norm_silu, gelu, quick_gelu, geglu
 SILU = functools.partial(cpu_sigmoid_times, k=1)
 KERNELS = {
     "plain": {f.__name__: f for f in PLAIN},
@@ -2492,7 +2478,7 @@ class LowMemory(StableDiffusion):
     """StableDiffusion with one network in memory at a time, batches of one, and a VAE in tiles.
 
     The pictures are the same up to rounding where they fit one tile, the size the model was trained
-    on. The price is reading the weights again for each picture. ControlNets stay in memory.
+    on. The price is reading the weights again for each run. ControlNets stay in memory.
     """
 
     def read(self):
@@ -2685,12 +2671,14 @@ def grid(pictures, rows):
 
 def show_tokens(sd, text):
     """How section 13 reads the prompt, or with --plain-prompt section 1."""
-    plain = ((*word, 1.0) for word in sd.tokenizer.words(text))
-    for word, pieces, ids, weight in plain if sd.plain_prompt else read_words(sd, text):
+    if sd.plain_prompt:
+        words = [(*word, 1.0) for word in sd.tokenizer.words(text)]
+        counts = [sum(len(ids) for _, _, ids, _ in words)]
+    else:
+        words, counts = read_words(sd, text), map(len, chunks(sd, text))
+    for word, pieces, ids, weight in words:
         times = "" if weight in (None, 1.0) else f"  x {weight:.3g}"
         print(f"{word:20s} {' '.join(pieces):30s} {' '.join(map(str, ids))}{times}".rstrip())
-    plain = [i for _, _, ids in sd.tokenizer.words(text) for i in ids]
-    counts = [len(plain)] if sd.plain_prompt else map(len, chunks(sd, text))
     print(" + ".join(map(str, counts)), "of 75 tokens")
 
 
@@ -2723,8 +2711,6 @@ def model_of(args):
         sd.checked([])  # so that a damaged one is noticed now
     args.dtype = str(sd.dtype).removeprefix("mlx.core.")
     args.cfg = sd.config["cfg"] if args.cfg is None else args.cfg
-    size = (sd.config["size"] if n is None else n for n in (args.width, args.height))
-    check_options(args.steps, args.cfg, args.sampler, *size, args.n_images, args.rng)
     return sd
 
 
@@ -2940,6 +2926,9 @@ def check_arguments(args):
             raise ValueError(f"--{name.replace('_', '-')} {value} can't be: at least 1.")
     if args.prompt is not None and args.prompts and not args.from_png:
         raise ValueError("--prompt and --prompts can't be together: add it to the file.")
+    size = (64 if n is None else n for n in (args.width, args.height))  # what is not given is right
+    cfg = 1.0 if args.cfg is None else args.cfg
+    check_options(args.steps, cfg, args.sampler, *size, args.n_images, args.rng)
 
 
 def main(argv=None):
@@ -2950,6 +2939,7 @@ def main(argv=None):
             stream.reconfigure(errors="backslashreplace")
     try:
         if args.from_png:
+            # Options that may be repeated replace the picture's; argparse alone would add to them.
             given = [name for name, value in vars(args).items() if type(value) is list and value]
             parser.set_defaults(**read_parameters(args.from_png) | {name: [] for name in given})
             args = parser.parse_args(argv)

@@ -2045,6 +2045,9 @@ def test_low_memory_keeps_one_network_in_memory():
         assert unet <= mx.get_active_memory() - before < unet + little
     mx.eval(model.decode(x))
     assert decoder <= mx.get_active_memory() - before < decoder + little
+    way = sd.FromPicture(model, np.zeros((128, 128, 3), np.float32), 1.0)
+    for x in model.generate_latents("a red house", steps=2, variations=[way.vary]):
+        assert unet <= mx.get_active_memory() - before < unet + little  # nor the half that encodes
 
 
 def test_a_function_of_single_places_is_the_same_in_tiles():
@@ -3550,6 +3553,9 @@ def test_a_zip_that_contradicts_itself_is_refused(tmp_path, capsys):
     encrypted = good_bytes[: place + 8] + b"\1" + good_bytes[place + 9 :]
     (tmp_path / "flag.pt").write_bytes(encrypted)
     refused(capsys, tmp_path / "flag.pt", "encrypted")
+    later = good_bytes[: place + 6] + b"\xff" + good_bytes[place + 7 :]  # zip's version 25.5
+    (tmp_path / "later.pt").write_bytes(later)
+    refused(capsys, tmp_path / "later.pt", "version")
 
 
 def test_things_that_are_no_weights_are_named(tmp_path, capsys):
