@@ -1,11 +1,17 @@
 """How often does the miniature paint what it was asked for? On combinations it has never seen.
 
     pip install -e '.[test]'
-    python tiny/evaluate.py                     1,000 pictures, some 20 minutes on two cores
-    python tiny/evaluate.py --number 100 --cfg 1
+    python tiny/evaluate.py                     1,000 sentences, some 20 minutes on two cores
+    python tiny/evaluate.py --cfg 1 --number 200
+    python tiny/evaluate.py --task inpaint --number 200
 
-Half of the prompts name one thing, half two. Each (thing, colour, ground, time) in them was held
-out of training (world.held_out). sd.py paints, 25 PLMS steps; the judge (judge.py) looks.
+sd.py paints, 25 PLMS steps; the judge (judge.py) looks. Each (thing, colour, ground, time) that is
+asked for was held out of training (world.held_out). Tasks:
+
+    text       half of the sentences name one thing, half two
+    negative   the sentence leaves the time open, and the negative prompt says "at night"
+    image      begins with a drawing of the same scene in which the thing has another colour
+    inpaint    begins with a drawing of two things; the place of the right one is painted anew
 """
 
 import argparse
@@ -17,13 +23,14 @@ from pathlib import Path
 import judge
 import numpy as np
 import world
+from PIL import Image, ImageDraw
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 
 def held_out_scene(rng, number):
-    """One thing, or two side by side, of which everything is held out, and all of it said."""
+    """One thing, or two side by side, of which everything is held out."""
     ground, time = rng.choice(list(world.GROUNDS)), rng.choice(list(world.TIMES))
     things = []
     while len(things) < number:
@@ -33,53 +40,103 @@ def held_out_scene(rng, number):
     return world.Scene(things, ground, time, "one" if number == 1 else "row")
 
 
-def full_sentence(rng, scene):
-    """A sentence that names every part of the scene."""
+def full_sentence(rng, scene, time_too=True):
+    """A sentence that names every part of the scene; or all but the time."""
+    times = [word for _, _, _, words in world.TIMES.values() for word in words]
     while True:
         text = world.sentence(rng, scene)
-        colours = [world.COLOUR_WORDS.get(c, (c,)) for _, c in scene.things]
-        parts = [*colours, world.GROUNDS[scene.ground][1], world.TIMES[scene.time][3]]
-        if all(any(word in text for word in words) for words in parts):
+        parts = [world.COLOUR_WORDS.get(colour, (colour,)) for _, colour in scene.things]
+        parts += [world.GROUNDS[scene.ground][1]]
+        whole = all(any(word in text for word in words) for words in parts)
+        if whole and any(time in text for time in times) == time_too:
             return text
+
+
+# Each task gives: the scene to be seen, the name of the function that paints, what it is given.
+
+
+def text(rng, i):
+    scene = held_out_scene(rng, 1 + i % 2)
+    return scene, "txt2img", {"prompt": full_sentence(rng, scene)}
+
+
+def negative(rng, i):
+    """Every other one without the negative prompt, to compare."""
+    scene = held_out_scene(rng, 1)
+    options = {"negative_prompt": "at night"} if i % 2 else {}
+    return scene, "txt2img", {"prompt": full_sentence(rng, scene, time_too=False), **options}
+
+
+def image(rng, i):
+    scene = held_out_scene(rng, 1)
+    thing, colour = scene.things[0]
+    other = rng.choice([c for c in world.COLOURS if c != colour])
+    before = world.draw(world.Scene([(thing, other)], scene.ground, scene.time), i)
+    prompt = full_sentence(rng, scene)
+    return scene, "img2img", {"prompt": prompt, "image": before, "strength": 0.75}
+
+
+def inpaint(rng, i):
+    scene = held_out_scene(rng, 2)
+    left, right = scene.things
+    other = held_out_scene(rng, 1).things
+    while other[0][0] in (left[0], right[0]):
+        other = held_out_scene(rng, 1).things
+    before = world.draw(world.Scene([left, *other], scene.ground, scene.time, "row"), i)
+    mask = Image.new("L", before.size)
+    ImageDraw.Draw(mask).rectangle((66, 48, 127, 119), fill=255)
+    return scene, "inpaint", {"prompt": full_sentence(rng, scene), "image": before, "mask": mask}
+
+
+TASKS = {"text": text, "negative": negative, "image": image, "inpaint": inpaint}
 
 
 def paint(job):
     """-> uint8 (128, 128, 3)"""
     import sd
 
-    model, prompt, seed, options = job
-    paint.model = getattr(paint, "model", None) or sd.StableDiffusion(model)
-    return np.asarray(paint.model.txt2img(prompt, seed=seed, **options)[0])
+    path, function, options = job
+    paint.model = getattr(paint, "model", None) or sd.StableDiffusion(path)
+    return np.asarray(getattr(paint.model, function)(**options)[0])
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--task", default="text", choices=TASKS, help="(default: text)")
     p.add_argument("--model", type=Path, default=HERE / "tiny.safetensors", metavar="FILE")
     p.add_argument("--number", type=int, default=1000, metavar="N", help="pictures (default: 1000)")
     p.add_argument("--steps", type=int, default=25, metavar="N", help="(default: 25)")
     p.add_argument("--cfg", type=float, metavar="S", help="guidance (default: the model's)")
-    p.add_argument("--negative-prompt", default="", metavar="TEXT")
     p.add_argument("--folder", type=Path, default=HERE / "run", help="where the judge is kept")
     p.add_argument("--errors", action="store_true", help="print what was wrong")
     args = p.parse_args(argv)
-    options = {"steps": args.steps, "cfg": args.cfg, "negative_prompt": args.negative_prompt}
     looks = judge.load(args.folder)
     rng = random.Random(1)
-    scenes = [held_out_scene(rng, 1 + i % 2) for i in range(args.number)]
-    prompts = [full_sentence(rng, scene) for scene in scenes]
+    scenes, functions, options = zip(*(TASKS[args.task](rng, i) for i in range(args.number)))
+    more = {"steps": args.steps, "cfg": args.cfg}
+    jobs = [
+        (args.model, function, {**given, **more, "seed": seed})
+        for seed, (function, given) in enumerate(zip(functions, options))
+    ]
     with multiprocessing.get_context("spawn").Pool() as pool:
-        jobs = [(args.model, prompt, seed, options) for seed, prompt in enumerate(prompts)]
         pictures = np.stack(list(pool.imap(paint, jobs, chunksize=4)))
     seen = judge.read(looks, pictures)
+    if args.task == "negative":
+        for said in ("", "at night"):
+            which = [s for s, o in zip(seen, options) if o.get("negative_prompt", "") == said]
+            night = np.mean([when == "night" for _, _, when in which])
+            print(f"negative prompt {said!r}: night in {night:.1%} of {len(which)} pictures")
+        return
     marks = [judge.right(scene, what) for scene, what in zip(scenes, seen)]
     print("| | thing | and its colour | ground | time |\n|---|---|---|---|---|")
     for number, name in ((1, "one thing"), (2, "two things")):
         parts = [m for m, scene in zip(marks, scenes) if len(scene.things) == number]
-        print(f"| {name} ({len(parts)}) |", " | ".join(f"{x:.1%}" for x in np.mean(parts, 0)), "|")
-    if args.errors:
-        for seed, (prompt, what, mark) in enumerate(zip(prompts, seen, marks)):
-            if not all(mark):
-                print(f"seed {seed}: {prompt!r} -> {what}")
+        if parts:
+            shares = " | ".join(f"{x:.1%}" for x in np.mean(parts, 0))
+            print(f"| {name} ({len(parts)}) | {shares} |")
+    for seed, (given, what, mark) in enumerate(zip(options, seen, marks)):
+        if args.errors and not all(mark):
+            print(f"seed {seed}: {given['prompt']!r} -> {what}")
 
 
 if __name__ == "__main__":
