@@ -77,6 +77,7 @@ def load_script(path):
 
 
 train = load_script(HERE / "tiny" / "train.py")
+WIDTH = 40  # of the miniature's context
 
 
 def assert_close(ours, truth, most, what=""):
@@ -802,8 +803,7 @@ def test_a_whole_model_of_version_1_or_2_paints_what_diffusers_paints(
 
 
 def test_decode_and_encode_are_inverse_and_scaled_as_diffusers(tiny, tiny_pipeline):
-    picture, _ = train.draw(99_999)  # never trained on
-    x = np.asarray(picture)[None].astype(np.float32) / 255
+    x = train.drawn(99_999)[None].astype(np.float32) / 255  # never trained on
     latents = tiny.encode(x)
     truth = tiny_pipeline.vae.encode(
         torch.from_numpy(x.transpose(0, 3, 1, 2)) * 2 - 1
@@ -956,7 +956,7 @@ def test_a_file_that_is_no_flat_file_is_refused_before_mlx_reads_it(content, tmp
 @pytest.fixture(scope="module")
 def drawn():
     """A picture of the miniature's world, 128 x 128."""
-    return train.draw(7)[0]
+    return Image.fromarray(train.drawn(7))
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.75, 1.0])
@@ -1630,7 +1630,7 @@ def test_a_controlnet_for_the_mood_corrects_all_places_alike(
     pooled = copy.deepcopy(controlnet)
     pooled.register_to_config(global_pool_conditions=True)
     net = sd.ControlNet(flat_controlnet(pooled, tmp_path))
-    x, context = torch.randn(2, 4, 16, 16), torch.randn(2, 77, 32)
+    x, context = torch.randn(2, 4, 16, 16), torch.randn(2, 77, WIDTH)
     picture = torch.rand(1, 3, 128, 128)
     down, middle = pooled(x, 500, context, picture.repeat(2, 1, 1, 1), return_dict=False)
     ours = net(nhwc(x), 500, mx.array(context.numpy()), net.look(nhwc(picture)))
@@ -1693,21 +1693,21 @@ def test_weights_scale_vectors_and_keep_their_mean(tiny):
 def test_long_prompts_are_read_in_chunks_of_75(tiny, monkeypatch):
     words = [f"word {i % 10}" for i in range(60)]  # two tokens each
     context = tiny.contexts([" ".join(words), "a tree"])
-    assert context.shape == (2, 154, 32)
+    assert context.shape == (2, 154, WIDTH)
     text = " ".join(" ".join(words).split())
     ids = [i for _, _, word in tiny.tokenizer.words(text) for i in word]
     assert len(ids) == 120
     rows = [[49406, *ids[:75], 49407], [49406, *ids[75:], *[49407] * 31]]
-    truth = tiny.text_encoder(mx.array(rows)).reshape(1, 154, 32)
+    truth = tiny.text_encoder(mx.array(rows)).reshape(1, 154, WIDTH)
     assert_close(context[:1], truth, 1e-5)
     empty = sd.plain_contexts(tiny, ["a tree", ""])
-    assert_close(context[1:], empty.reshape(1, 154, 32), 1e-5)
+    assert_close(context[1:], empty.reshape(1, 154, WIDTH), 1e-5)
     broken = tiny.contexts(["a red house BREAK at night"])
     assert_close(
-        broken, sd.plain_contexts(tiny, ["a red house", "at night"]).reshape(1, 154, 32), 1e-5
+        broken, sd.plain_contexts(tiny, ["a red house", "at night"]).reshape(1, 154, WIDTH), 1e-5
     )
     monkeypatch.setattr(tiny, "plain_prompt", True, raising=False)
-    assert tiny.contexts([" ".join(words)]).shape == (1, 77, 32)
+    assert tiny.contexts([" ".join(words)]).shape == (1, 77, WIDTH)
     assert len(tiny.txt2img("(a tree) " * 90, steps=1)) == 1
 
 
