@@ -14,6 +14,7 @@ import hashlib
 import http.server
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -2418,6 +2419,45 @@ def test_a_picture_that_can_not_be_saved_leaves_nothing(tmp_path, monkeypatch):
             patch.setattr(module, name, full)
             sd.save(picture, tmp_path / "out.png", "x")
         assert list(tmp_path.iterdir()) == []
+
+
+# %% tiny/ -----------------------------------------------------------------------------------------
+
+world = train.world
+
+
+def test_what_is_held_out_is_never_drawn_for_training_and_all_else_is():
+    seen, pairs = set(), set()
+    for seed in range(40_000):  # as many as the UNet learns from
+        scene = train.scene_of(seed)
+        for thing, colour in scene.things:
+            seen.add((thing, colour, scene.ground, scene.time))
+    assert not any(world.held_out(*each) for each in seen)
+    tables = world.THINGS, world.COLOURS, world.GROUNDS, world.TIMES
+    everything = set(itertools.product(*tables))
+    out = {each for each in everything if world.held_out(*each)}
+    assert 0.1 < len(out) / len(everything) < 0.15 and everything - out == seen
+    for k in range(4):  # without any one of the four, every three occur in training
+        pairs = {each[:k] + each[k + 1 :] for each in seen}
+        assert pairs == {each[:k] + each[k + 1 :] for each in everything}
+
+
+def test_every_picture_of_the_world_is_another_and_the_same_again():
+    pictures = [train.drawn(seed) for seed in range(60)]
+    assert len({picture.tobytes() for picture in pictures}) == 60
+    assert np.array_equal(pictures[7], train.drawn(7)) and pictures[7].shape == (128, 128, 3)
+
+
+def test_sentences_name_what_is_there_and_nothing_else():
+    rng = random.Random(0)
+    for _ in range(500):
+        scene = world.random_scene(rng)
+        text = world.sentence(rng, scene).replace("green meadow", "meadow")
+        for thing, (_, names) in world.THINGS.items():
+            named = any(re.search(rf"\b{name}(e?s)?\b", text) for name in names)
+            assert named == (thing in [t for t, _ in scene.things]), (scene, text)
+        colours = [c for c in world.COLOURS for w in world.COLOUR_WORDS.get(c, (c,)) if w in text]
+        assert set(colours) <= {c for _, c in scene.things}, (scene, text)
 
 
 # %% convert_weights.py ----------------------------------------------------------------------------

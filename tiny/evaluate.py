@@ -45,8 +45,10 @@ def full_sentence(rng, scene, time_too=True):
     times = [word for _, _, _, words in world.TIMES.values() for word in words]
     while True:
         text = world.sentence(rng, scene)
-        parts = [world.COLOUR_WORDS.get(colour, (colour,)) for _, colour in scene.things]
-        parts += [world.GROUNDS[scene.ground][1]]
+        parts = [world.GROUNDS[scene.ground][1]]
+        for thing, colour in scene.things:
+            words = world.COLOUR_WORDS.get(colour, (colour,))
+            parts.append([f"{word} {name}" for word in words for name in world.THINGS[thing][1]])
         whole = all(any(word in text for word in words) for words in parts)
         if whole and any(time in text for time in times) == time_too:
             return text

@@ -138,11 +138,30 @@ def to_torch(pictures):
 # %% Training --------------------------------------------------------------------------------------
 
 
+def usual(peak, steps):
+    """Learning rate: warm up for 200 steps, stay, and go down to 0 in the last fifth."""
+    return lambda step: peak * min(1, (step + 1) / 200, 5 * (1 - step / steps))
+
+
+FIRST_ROUND = 10000
+
+
+def two_rounds(steps):
+    """That of the UNet: down to 0 from half of the first round on, and once more, from 7e-4."""
+
+    def rate(step):
+        if step < FIRST_ROUND:
+            return 1e-3 * min(1, (step + 1) / 200, 2 * (1 - step / FIRST_ROUND))
+        return 7e-4 * min((step - FIRST_ROUND + 1) / 200, (steps - step) / (steps - FIRST_ROUND))
+
+    return rate
+
+
 class Stage:
     """Steps, time left, and a state on disk that is replaced only when the new one is complete."""
 
-    def __init__(self, path, steps, peak, modules):
-        self.path, self.steps, self.peak, self.modules = path, steps, peak, modules
+    def __init__(self, path, steps, rate, modules):
+        self.path, self.steps, self.rate, self.modules = path, steps, rate, modules
         self.parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, weight_decay=1e-4, fused=True)
         self.step, self.losses, self.start = 0, [], None
@@ -171,10 +190,9 @@ class Stage:
             yield self.step
 
     def learn(self, loss):
-        """One step of AdamW: warm up for 200 steps, stay, and go down to 0 in the last fifth."""
-        warm, down = (self.step + 1) / 200, 5 * (1 - self.step / self.steps)
+        """One step of AdamW."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.peak * min(1, warm, down)
+            group["lr"] = self.rate(self.step)
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -226,7 +244,7 @@ def train_decoder(vae, folder, steps, pool):
     """
     vae.requires_grad_(False)
     decoder = torch.nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True)
-    train_vae(vae, Stage(folder / "decoder.pt", steps, 1e-3, [decoder]), pool)
+    train_vae(vae, Stage(folder / "decoder.pt", steps, usual(1e-3, steps), [decoder]), pool)
     vae.requires_grad_(False)
 
 
@@ -292,7 +310,7 @@ def train_text(text, words, folder, steps):
     """
     sizes = [17] * 3 + [11] * 3 + [5, 4, 3, 4, 3]
     ask = torch.nn.Linear(text.config.hidden_size, sum(sizes)).to(DEVICE)
-    stage = Stage(folder / "text.pt", steps, 2e-3, [text, ask])
+    stage = Stage(folder / "text.pt", steps, usual(2e-3, steps), [text, ask])
     for step in stage.left():
         rng = random.Random(step)
         scenes = [world.random_scene(rng) for _ in range(128)]
@@ -314,7 +332,7 @@ def train_unet(unet, text, latents, words, folder, steps, sample):
     slow = [copy.deepcopy(unet), copy.deepcopy(text)]  # averages of the weights (EMA)
     for module in slow:
         module.requires_grad_(False)
-    stage = Stage(folder / "unet.pt", steps, 1e-3, [unet, text, *slow])
+    stage = Stage(folder / "unet.pt", steps, two_rounds(steps), [unet, text, *slow])
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     abar = (1 - betas).cumprod(0).float().to(DEVICE)
     scenes = [scene_of(i) for i in range(len(latents))]
@@ -330,16 +348,21 @@ def train_unet(unet, text, latents, words, folder, steps, sample):
         x0 = latents[some].float()
         # A tenth without any sentence, for guidance.
         said = ["" if rng.random() < 0.1 else world.sentence(rng, scenes[i]) for i in some]
-        # Half of the timesteps from the whole range, half from the noisiest third, where the ground
-        # and the light are decided. Evenly spread: less noise in the loss.
+        # Timesteps evenly spread: less noise in the loss. At first half of them are in the noisiest
+        # third, where the ground and the light are decided; after that it is the shapes' turn.
         even = (torch.arange(batch // 2) + torch.rand(2, batch // 2)) / (batch // 2)
-        t = torch.cat([even[0] * 1000, 667 + even[1] * 333]).long().clamp(max=999).to(DEVICE)
+        first, range_ = (667, 333) if step < 2500 else (0, 1000)
+        t = torch.cat([even[0] * 1000, first + even[1] * range_]).long().clamp(max=999).to(DEVICE)
         a = abar[t][:, None, None, None]
         # A network can read the ground and the light off the noisy picture's average colours, for
         # over many places the noise averages out, and then it need not listen to the sentence. In
         # pure noise, where painting starts, those averages are random, and it would follow them. So
-        # the noise is given random averages, too, one for each quarter ("offset noise").
-        noise, offset = torch.randn(x0.shape), 0.3 * torch.randn(batch, 4, 2, 2)
+        # the noise is given random averages, too, one for each quarter ("offset noise"). Painting
+        # begins without them, with averages near 0, which a network used to strong ones takes for
+        # "neither dark nor bright": whatever the sentence leaves open becomes rain. So, once it has
+        # learned to listen, they become weak.
+        strength = 0.3 if step < FIRST_ROUND else 0.1
+        noise, offset = torch.randn(x0.shape), strength * torch.randn(batch, 4, 2, 2)
         noise = (noise + offset.repeat_interleave(8, 2).repeat_interleave(8, 3)).to(DEVICE)
         with HALF:
             context = text(words(said)).last_hidden_state
@@ -483,15 +506,16 @@ def main(argv=None):
                    help="more such steps of the decoder (default: 3000)")
     p.add_argument("--text-steps", type=int, default=4000, metavar="N",
                    help="steps of 128 sentences (default: 4000)")
-    p.add_argument("--unet-steps", type=int, default=30000, metavar="N",
-                   help="steps of 32 pictures (default: 30000)")
+    p.add_argument("--unet-steps", type=int, default=25000, metavar="N",
+                   help="steps of 32 pictures (default: 25000)")
     # fmt: on
     args = p.parse_args(argv)
     args.folder.mkdir(exist_ok=True)
     torch.manual_seed(0)
     vae, unet, text = (network.to(DEVICE) for network in networks())
     with multiprocessing.get_context("spawn").Pool() as pool:
-        train_vae(vae, Stage(args.folder / "vae.pt", args.vae_steps, 2e-3, [vae]), pool)
+        rate = usual(2e-3, args.vae_steps)
+        train_vae(vae, Stage(args.folder / "vae.pt", args.vae_steps, rate, [vae]), pool)
         latents = encode_all(vae, args.folder, args.pictures, pool)
         train_decoder(vae, args.folder, args.decoder_steps, pool)
         print(f"vae: PSNR {psnr(vae, pool, args.pictures):.1f} dB on 200 new pictures", flush=True)
