@@ -3,9 +3,9 @@
     pip install -e '.[test]'
     python tiny/judge.py                  trains it, some ten minutes on two cores, and tests it
 
-A small convolutional network. In each of 16 x 16 places it says how much there looks like a red
-house, a red castle ..., for all 160 things and colours; the best place counts for the picture. The
-ground and the time it reads off the average over all places.
+A small convolutional network. In each of 16 x 16 places it says which of the 16 things has its
+middle there, or none, and which colour that has; it learns this from where world.py has drawn them.
+The ground and the time it reads off the average over all places.
 """
 
 import multiprocessing
@@ -21,8 +21,9 @@ import world
 from torch import nn
 
 HERE = Path(__file__).resolve().parent
-PAIRS = [(thing, colour) for thing in world.THINGS for colour in world.COLOURS]
+THINGS, COLOURS = list(world.THINGS), list(world.COLOURS)
 GROUNDS, TIMES = list(world.GROUNDS), list(world.TIMES)
+NOTHING, ANY = len(THINGS), -100  # ANY: whatever it says there is right
 STEPS, BATCH, PICTURES = 3000, 32, 12000
 FIRST = 10**7  # its pictures' seeds start here, far from those the model is trained on
 
@@ -39,57 +40,72 @@ class Judge(nn.Module):
                 for a, b, s in zip(widths, widths[1:], strides)
             )
         )  # fmt: skip
-        self.see = nn.Conv2d(128, len(PAIRS), 3, padding=1)
+        self.see = nn.Conv2d(128, len(THINGS) + 1 + len(COLOURS), 3, padding=1)
         self.rest = nn.Linear(2 * 128, len(GROUNDS) + len(TIMES))
 
     def forward(self, x):
-        """(b, 3, 128, 128) in [-1, 1] -> logits of each pair (b, 160), of grounds, of times"""
+        """(b, 3, 128, 128) in [-1, 1] -> logits of things (b, 17, 16, 16), of their colours (b, 10,
+        16, 16), of grounds (b, 5), of times (b, 4)"""
         y = self.layers(x)
         above, below = y[:, :, :8].mean((2, 3)), y[:, :, 8:].mean((2, 3))
         rest = self.rest(torch.cat([above, below], 1))
-        return self.see(y).amax((2, 3)), *rest.split([len(GROUNDS), len(TIMES)], 1)
+        things, colours = self.see(y).split([len(THINGS) + 1, len(COLOURS)], 1)
+        return things, colours, *rest.split([len(GROUNDS), len(TIMES)], 1)
 
 
+def middle(x, y, size):
+    """Of a thing as world.places has it: the place, row and column, of 16 x 16."""
+    return int(16 * (y - 0.85 * size)), int(16 * x)
+
+
+def truth_of(scene, placed):
+    """-> what forward should say: things (16, 16), colours (16, 16), ground, time"""
+    things = torch.full((16, 16), NOTHING)
+    colours = torch.full((16, 16), ANY)
+    for reach, known in ((2, False), (1, True)):  # around a middle anything; there, the thing
+        for thing, colour, *where in placed:
+            row, column = middle(*where)
+            at = np.s_[row - reach : row + reach + 1, max(0, column - reach) : column + reach + 1]
+            things[at] = THINGS.index(thing) if known else ANY
+            colours[at] = COLOURS.index(colour) if known else ANY
+    return things, colours, GROUNDS.index(scene.ground), TIMES.index(scene.time)
+
+
+@torch.no_grad()
 def read(judge, pictures):
-    """uint8 (n, 128, 128, 3) -> [(pairs, the likeliest first, each thing once; ground; time)]"""
+    """uint8 (n, 128, 128, 3) -> [([(thing, colour)], ground, time)]"""
     out = []
-    with torch.no_grad():
-        for part in np.array_split(pictures, -(-len(pictures) // 64)):
-            for pairs, ground, when in zip(*judge(train.to_torch(part))):
-                seen = {}
-                for i in pairs.argsort(descending=True)[:30]:
-                    seen.setdefault(*PAIRS[i])
-                found = list(seen.items())[:3]
-                out.append((found, GROUNDS[ground.argmax()], TIMES[when.argmax()]))
+    for part in np.array_split(pictures, -(-len(pictures) // 64)):
+        things, colours, grounds, times = judge(train.to_torch(part))
+        likely = 1 - things.softmax(1)[:, NOTHING]
+        peaks = (likely > 0.5) & (likely == F.max_pool2d(likely, 5, 1, 2))
+        things, colours = things[:, :NOTHING].argmax(1), colours.argmax(1)
+        for i, (ground, when) in enumerate(zip(grounds.argmax(1), times.argmax(1))):
+            at = [(i, row, column) for row, column in peaks[i].nonzero().tolist()]
+            found = [(THINGS[things[k]], COLOURS[colours[k]]) for k in at]
+            out.append((found, GROUNDS[ground], TIMES[when]))
     return out
 
 
-def truths(scenes):
-    pairs = torch.zeros(len(scenes), len(PAIRS))
-    for i, scene in enumerate(scenes):
-        for pair in scene.things:
-            pairs[i, PAIRS.index(pair)] = 1
-    grounds = torch.tensor([GROUNDS.index(s.ground) for s in scenes])
-    return pairs, grounds, torch.tensor([TIMES.index(s.time) for s in scenes])
+def right(scene, seen):
+    """-> (the things right, and no others; their colours too; ground right; time right)"""
+    found, ground, when = seen
+    wanted = scene.things * scene.count
+    things = sorted(t for t, _ in found) == sorted(t for t, _ in wanted)
+    return things, sorted(found) == sorted(wanted), ground == scene.ground, when == scene.time
 
 
 def drawn(seed):
     scene = world.random_scene(random.Random(seed), everything=True)
-    return scene, np.asarray(world.draw(scene, seed))
+    picture, placed = world.draw_placed(scene, seed)
+    return scene, np.asarray(picture), truth_of(scene, placed)
 
 
 def some(pool, first, count):
-    """-> count scenes and their pictures, uint8 (count, 128, 128, 3)"""
-    scenes, pictures = zip(*pool.map(drawn, range(first, first + count), chunksize=100))
-    return list(scenes), np.stack(pictures)
-
-
-def right(scene, seen):
-    """-> (things right, their colours too, ground right, time right)"""
-    pairs, ground, when = seen
-    pairs = pairs[: len(scene.things)]
-    things = {t for t, _ in pairs} == {t for t, _ in scene.things}
-    return things, set(pairs) == set(scene.things), ground == scene.ground, when == scene.time
+    """-> count scenes, their pictures, uint8 (count, 128, 128, 3), and the truth about them"""
+    scenes, pictures, truths = zip(*pool.map(drawn, range(first, first + count), chunksize=100))
+    truths = [torch.stack([torch.as_tensor(one) for one in part]) for part in zip(*truths)]
+    return list(scenes), np.stack(pictures), truths
 
 
 def learn(pool, path):
@@ -97,8 +113,9 @@ def learn(pool, path):
     judge = Judge().to(train.DEVICE)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, STEPS)
-    scenes, pictures = some(pool, FIRST, PICTURES)
-    truth = truths(scenes)
+    _, pictures, truths = some(pool, FIRST, PICTURES)
+    rare = torch.ones(len(THINGS) + 1, device=train.DEVICE)
+    rare[NOTHING] = 0.2  # nearly everywhere
     start = time.time()
     for step in range(STEPS):
         i = torch.randint(PICTURES, (BATCH,))
@@ -108,12 +125,10 @@ def learn(pool, path):
             x = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
         x = x * (0.9 + 0.2 * torch.rand(BATCH, 1, 1, 1)).to(x) + 0.06 * torch.randn_like(x)
         x = x + 0.1 * torch.randn(BATCH, 3, 1, 1).to(x)
-        with torch.autocast(train.DEVICE, torch.bfloat16):
-            pairs, grounds, times = judge(x)
-        pair_truth, ground_truth, time_truth = (t[i].to(train.DEVICE) for t in truth)
-        loss = F.binary_cross_entropy_with_logits(pairs.float(), pair_truth) * 40
-        loss = loss + F.cross_entropy(grounds.float(), ground_truth)
-        loss = loss + F.cross_entropy(times.float(), time_truth)
+        truth = [part[i].to(train.DEVICE) for part in truths]
+        said = judge(x)
+        loss = F.cross_entropy(said[0], truth[0], rare)
+        loss = loss + sum(F.cross_entropy(*both) for both in list(zip(said, truth))[1:])
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(judge.parameters(), 1.0)
@@ -121,9 +136,8 @@ def learn(pool, path):
         schedule.step()
         if (step + 1) % 100 == 0:
             pace = (time.time() - start) / (step + 1)
-            print(
-                f"judge: step {step + 1}/{STEPS}  loss {loss:.3f}  {pace:.2f} s a step", flush=True
-            )
+            print(f"judge: step {step + 1}/{STEPS}  loss {loss:.3f}  {pace:.2f} s a step",
+                  flush=True)  # fmt: skip
     torch.save(judge.state_dict(), path)
 
 
@@ -142,8 +156,9 @@ def load(folder):
 def accuracy(judge, count=2000):
     """On drawn pictures that nobody has seen: {number of things: share of each part right}"""
     with multiprocessing.get_context("spawn").Pool() as pool:
-        scenes, pictures = some(pool, FIRST + PICTURES, count)
-    marks = [(len(s.things), right(s, seen)) for s, seen in zip(scenes, read(judge, pictures))]
+        scenes, pictures, _ = some(pool, FIRST + PICTURES, count)
+    marks = [(len(s.things * s.count), right(s, seen))
+             for s, seen in zip(scenes, read(judge, pictures))]  # fmt: skip
     return {n: np.mean([m for k, m in marks if k == n], axis=0) for n in (1, 2, 3)}
 
 

@@ -366,15 +366,21 @@ def backdrop(rng, scene, n):
 
 
 def draw(scene, seed):
-    """-> the 128 x 128 picture. The seed decides what the sentence does not.
+    """-> the 128 x 128 picture. The seed decides what the sentence does not."""
+    return draw_placed(scene, seed)[0]
+
+
+def draw_placed(scene, seed):
+    """-> the picture, and its things as places() has them.
 
     Drawn four times as large and shrunk, which is what makes the edges smooth.
     """
     rng, n = random.Random(seed), 4 * SIZE
     image = backdrop(rng, scene, n)
-    for thing, colour, x, y, size in places(rng, scene):
+    placed = places(rng, scene)
+    for thing, colour, x, y, size in placed:
         THINGS[thing][0](Pen(ImageDraw.Draw(image), x * n, y * n, size * n), *COLOURS[colour])
-    return image.resize((SIZE, SIZE), Image.BOX)
+    return image.resize((SIZE, SIZE), Image.BOX), placed
 
 
 # %% Sentences -------------------------------------------------------------------------------------
