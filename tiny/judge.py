@@ -60,8 +60,8 @@ def middle(x, y, size):
 
 def truth_of(scene, placed):
     """-> what forward should say: things (16, 16), colours (16, 16), ground, time"""
-    things = torch.full((16, 16), NOTHING)
-    colours = torch.full((16, 16), ANY)
+    things = np.full((16, 16), NOTHING)
+    colours = np.full((16, 16), ANY)
     for reach, known in ((2, False), (1, True)):  # around a middle anything; there, the thing
         for thing, colour, *where in placed:
             row, column = middle(*where)
@@ -77,8 +77,8 @@ def read(judge, pictures):
     out = []
     for part in np.array_split(pictures, -(-len(pictures) // 64)):
         things, colours, grounds, times = judge(train.to_torch(part))
-        likely = 1 - things.softmax(1)[:, NOTHING]
-        peaks = (likely > 0.5) & (likely == F.max_pool2d(likely, 5, 1, 2))
+        likely = things[:, :NOTHING].logsumexp(1) - things[:, NOTHING]  # that there is one: logit
+        peaks = (likely > 0) & (likely == F.max_pool2d(likely, 5, 1, 2))
         things, colours = things[:, :NOTHING].argmax(1), colours.argmax(1)
         for i, (ground, when) in enumerate(zip(grounds.argmax(1), times.argmax(1))):
             at = [(i, row, column) for row, column in peaks[i].nonzero().tolist()]
@@ -104,7 +104,7 @@ def drawn(seed):
 def some(pool, first, count):
     """-> count scenes, their pictures, uint8 (count, 128, 128, 3), and the truth about them"""
     scenes, pictures, truths = zip(*pool.map(drawn, range(first, first + count), chunksize=100))
-    truths = [torch.stack([torch.as_tensor(one) for one in part]) for part in zip(*truths)]
+    truths = [torch.from_numpy(np.array(part)) for part in zip(*truths)]
     return list(scenes), np.stack(pictures), truths
 
 
