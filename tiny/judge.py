@@ -78,7 +78,8 @@ def read(judge, pictures):
     for part in np.array_split(pictures, -(-len(pictures) // 64)):
         things, colours, grounds, times = judge(train.to_torch(part))
         likely = things[:, :NOTHING].logsumexp(1) - things[:, NOTHING]  # that there is one: logit
-        peaks = (likely > 0) & (likely == F.max_pool2d(likely, 5, 1, 2))
+        near = F.avg_pool2d(likely, 3, 1, 1)  # largest in the middle
+        peaks = (likely > 0) & (near == F.max_pool2d(near, 5, 1, 2))
         things, colours = things[:, :NOTHING].argmax(1), colours.argmax(1)
         for i, (ground, when) in enumerate(zip(grounds.argmax(1), times.argmax(1))):
             at = [(i, row, column) for row, column in peaks[i].nonzero().tolist()]
