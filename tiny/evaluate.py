@@ -5,17 +5,21 @@
     python tiny/evaluate.py --cfg 1 --number 200
     python tiny/evaluate.py --task inpaint --number 200
 
-sd.py paints, 25 PLMS steps; the judge (judge.py) looks. Each (thing, colour, ground, time) that is
-asked for was held out of training (world.held_out). Tasks:
+sd.py paints, 25 PLMS steps; the judge (judge.py) looks. Right are exactly the things asked for, and
+no others, wherever they are. Each (thing, colour, ground, time) that is asked for was held out of
+training (world.held_out). Tasks:
 
     text       half of the sentences name one thing, half two
-    negative   the sentence leaves the time open, and the negative prompt says "at night"
+    negative   the sentence leaves the time open; with the negative prompt "at night" and without
     image      begins with a drawing of the same scene in which the thing has another colour
     inpaint    begins with a drawing of two things; the place of the right one is painted anew
+
+In the last two ground and time are given, and in the last one the left thing, too.
 """
 
 import argparse
 import multiprocessing
+import os
 import random
 import sys
 from pathlib import Path
@@ -27,6 +31,7 @@ from PIL import Image, ImageDraw
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+FIRST = 2 * 10**7  # the drawings' seeds start here, far from those that anybody has learned from
 
 
 def held_out_scene(rng, number):
@@ -63,9 +68,10 @@ def text(rng, i):
 
 
 def negative(rng, i):
-    """Every other one without the negative prompt, to compare."""
+    """In pairs: the same sentence and seed without it, and with it."""
+    rng = random.Random(i // 2)
     scene = held_out_scene(rng, 1)
-    options = {"negative_prompt": "at night"} if i % 2 else {}
+    options = {"negative_prompt": "at night" if i % 2 else "", "seed": i // 2}
     return scene, "txt2img", {"prompt": full_sentence(rng, scene, time_too=False), **options}
 
 
@@ -73,7 +79,7 @@ def image(rng, i):
     scene = held_out_scene(rng, 1)
     thing, colour = scene.things[0]
     other = rng.choice([c for c in world.COLOURS if c != colour])
-    before = world.draw(world.Scene([(thing, other)], scene.ground, scene.time), i)
+    before = world.draw(world.Scene([(thing, other)], scene.ground, scene.time), FIRST + i)
     prompt = full_sentence(rng, scene)
     return scene, "img2img", {"prompt": prompt, "image": before, "strength": 0.75}
 
@@ -81,10 +87,9 @@ def image(rng, i):
 def inpaint(rng, i):
     scene = held_out_scene(rng, 2)
     left, right = scene.things
-    other = held_out_scene(rng, 1).things
-    while other[0][0] in (left[0], right[0]):
-        other = held_out_scene(rng, 1).things
-    before = world.draw(world.Scene([left, *other], scene.ground, scene.time, "row"), i)
+    other = rng.choice([t for t in world.THINGS if t not in (left[0], right[0])])
+    things = [left, (other, rng.choice(list(world.COLOURS)))]
+    before = world.draw(world.Scene(things, scene.ground, scene.time, "row"), FIRST + i)
     mask = Image.new("L", before.size)
     ImageDraw.Draw(mask).rectangle((66, 48, 127, 119), fill=255)
     return scene, "inpaint", {"prompt": full_sentence(rng, scene), "image": before, "mask": mask}
@@ -117,17 +122,22 @@ def main(argv=None):
     scenes, functions, options = zip(*(TASKS[args.task](rng, i) for i in range(args.number)))
     more = {"steps": args.steps, "cfg": args.cfg}
     jobs = [
-        (args.model, function, {**given, **more, "seed": seed})
+        (args.model, function, {"seed": seed, **given, **more})
         for seed, (function, given) in enumerate(zip(functions, options))
     ]
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # one process on each core
+    pictures = []
     with multiprocessing.get_context("spawn").Pool() as pool:
-        pictures = np.stack(list(pool.imap(paint, jobs, chunksize=4)))
-    seen = judge.read(looks, pictures)
+        for picture in pool.imap(paint, jobs, chunksize=4):
+            pictures.append(picture)
+            if len(pictures) % 100 == 0:
+                print(f"{len(pictures)} of {args.number}", file=sys.stderr, flush=True)
+    seen = judge.read(looks, np.stack(pictures))
+    prompts = [given["prompt"] for given in options]
     if args.task == "negative":
-        for said in ("", "at night"):
-            which = [s for s, o in zip(seen, options) if o.get("negative_prompt", "") == said]
-            night = np.mean([when == "night" for _, _, when in which])
-            print(f"negative prompt {said!r}: night in {night:.1%} of {len(which)} pictures")
+        for i, said in enumerate(("without", "with")):
+            night = [when == "night" for _, _, when in seen[i::2]]
+            print(f"night {said} a negative prompt: {np.mean(night):.1%} of {len(night)}")
         return
     marks = [judge.right(scene, what) for scene, what in zip(scenes, seen)]
     print("| | thing | and its colour | ground | time |\n|---|---|---|---|---|")
@@ -136,9 +146,13 @@ def main(argv=None):
         if parts:
             shares = " | ".join(f"{x:.1%}" for x in np.mean(parts, 0))
             print(f"| {name} ({len(parts)}) | {shares} |")
-    for seed, (given, what, mark) in enumerate(zip(options, seen, marks)):
+    sides = [i for i, prompt in enumerate(prompts) if "left" in prompt or "right" in prompt]
+    if sides:
+        share = np.mean([scenes[i].things == seen[i][0] for i in sides])
+        print(f"sentences that say left or right, all of it right: {share:.1%} of {len(sides)}")
+    for seed, (prompt, what, mark) in enumerate(zip(prompts, seen, marks)):
         if args.errors and not all(mark):
-            print(f"seed {seed}: {given['prompt']!r} -> {what}")
+            print(f"seed {seed}: {prompt!r} -> {what}")
 
 
 if __name__ == "__main__":

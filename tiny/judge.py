@@ -5,9 +5,11 @@
 
 A small convolutional network. In each of 16 x 16 places it says which of the 16 things has its
 middle there, or none, and which colour that has; it learns this from where world.py has drawn them.
-The ground and the time it reads off the average over all places.
+The ground and the time it reads off two averages, over the upper and the lower half. How often it
+is right about drawn pictures can be measured; about painted ones it can't.
 """
 
+import math
 import multiprocessing
 import random
 import time
@@ -23,7 +25,8 @@ from torch import nn
 HERE = Path(__file__).resolve().parent
 THINGS, COLOURS = list(world.THINGS), list(world.COLOURS)
 GROUNDS, TIMES = list(world.GROUNDS), list(world.TIMES)
-NOTHING, ANY = len(THINGS), -100  # ANY: whatever it says there is right
+NOTHING, ANY = len(THINGS), -100  # ANY: it isn't asked there (cross_entropy's own number)
+WEIGHT_OF_NOTHING = 0.2  # in the loss, because it is nearly everywhere
 STEPS, BATCH, PICTURES = 3000, 32, 12000
 FIRST = 10**7  # its pictures' seeds start here, far from those the model is trained on
 
@@ -65,7 +68,7 @@ def truth_of(scene, placed):
     for reach, known in ((2, False), (1, True)):  # around a middle anything; there, the thing
         for thing, colour, *where in placed:
             row, column = middle(*where)
-            at = np.s_[row - reach : row + reach + 1, max(0, column - reach) : column + reach + 1]
+            at = np.s_[row - reach : row + reach + 1, column - reach : column + reach + 1]
             things[at] = THINGS.index(thing) if known else ANY
             colours[at] = COLOURS.index(colour) if known else ANY
     return things, colours, GROUNDS.index(scene.ground), TIMES.index(scene.time)
@@ -73,23 +76,24 @@ def truth_of(scene, placed):
 
 @torch.no_grad()
 def read(judge, pictures):
-    """uint8 (n, 128, 128, 3) -> [([(thing, colour)], ground, time)]"""
+    """uint8 (n, 128, 128, 3) -> [([(thing, colour)] from left to right, ground, time)]"""
     out = []
     for part in np.array_split(pictures, -(-len(pictures) // 64)):
         things, colours, grounds, times = judge(train.to_torch(part))
         likely = things[:, :NOTHING].logsumexp(1) - things[:, NOTHING]  # that there is one: logit
         near = F.avg_pool2d(likely, 3, 1, 1)  # largest in the middle
-        peaks = (likely > 0) & (near == F.max_pool2d(near, 5, 1, 2))
+        more_likely = likely > -math.log(WEIGHT_OF_NOTHING)  # than not
+        peaks = more_likely & (near == F.max_pool2d(near, 5, 1, 2))
         things, colours = things[:, :NOTHING].argmax(1), colours.argmax(1)
         for i, (ground, when) in enumerate(zip(grounds.argmax(1), times.argmax(1))):
-            at = [(i, row, column) for row, column in peaks[i].nonzero().tolist()]
+            at = [(i, row, column) for column, row in peaks[i].T.nonzero().tolist()]
             found = [(THINGS[things[k]], COLOURS[colours[k]]) for k in at]
             out.append((found, GROUNDS[ground], TIMES[when]))
     return out
 
 
 def right(scene, seen):
-    """-> (the things right, and no others; their colours too; ground right; time right)"""
+    """-> (the things right, and no others; their colours too; ground; time). In any order."""
     found, ground, when = seen
     wanted = scene.things * scene.count
     things = sorted(t for t, _ in found) == sorted(t for t, _ in wanted)
@@ -115,8 +119,8 @@ def learn(pool, path):
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, STEPS)
     _, pictures, truths = some(pool, FIRST, PICTURES)
-    rare = torch.ones(len(THINGS) + 1, device=train.DEVICE)
-    rare[NOTHING] = 0.2  # nearly everywhere
+    weights = torch.ones(len(THINGS) + 1, device=train.DEVICE)
+    weights[NOTHING] = WEIGHT_OF_NOTHING
     start = time.time()
     for step in range(STEPS):
         i = torch.randint(PICTURES, (BATCH,))
@@ -128,8 +132,8 @@ def learn(pool, path):
         x = x + 0.1 * torch.randn(BATCH, 3, 1, 1).to(x)
         truth = [part[i].to(train.DEVICE) for part in truths]
         said = judge(x)
-        loss = F.cross_entropy(said[0], truth[0], rare)
-        loss = loss + sum(F.cross_entropy(*both) for both in list(zip(said, truth))[1:])
+        loss = F.cross_entropy(said[0], truth[0], weights)
+        loss = loss + sum(map(F.cross_entropy, said[1:], truth[1:]))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(judge.parameters(), 1.0)
@@ -139,19 +143,21 @@ def learn(pool, path):
             pace = (time.time() - start) / (step + 1)
             print(f"judge: step {step + 1}/{STEPS}  loss {loss:.3f}  {pace:.2f} s a step",
                   flush=True)  # fmt: skip
-    torch.save(judge.state_dict(), path)
+    part = path.with_suffix(".part")
+    torch.save(judge.state_dict(), part)
+    part.replace(path)
 
 
 def load(folder):
-    """The judge, trained first where there is none. (In eval mode.)"""
-    path = folder / "judge.pt"
-    folder.mkdir(exist_ok=True)
+    """The judge of these pictures, trained first where there is none."""
+    path = folder / f"judge_{train.mark()}.pt"
+    folder.mkdir(exist_ok=True, parents=True)
     if not path.exists():
         with multiprocessing.get_context("spawn").Pool() as pool:
             learn(pool, path)
     judge = Judge().to(train.DEVICE)
     judge.load_state_dict(torch.load(path, map_location=train.DEVICE))
-    return judge.eval()
+    return judge
 
 
 def accuracy(judge, count=2000):

@@ -8,7 +8,7 @@ Four stages, each resumed from tiny/run/ at its last 500 steps:
 
     vae     pictures <-> latents: an autoencoder, trained on 64 x 64 crops       [1]
     decoder its second half, further
-    text    the text model learns to read: which things, colours ... does a sentence name?
+    text    the text model learns to read: of which things, colours ... is this sentence?
     unet    the UNet, and the text model with it, on the latents of 40,000 pictures      [1, 2]
 
 The networks are diffusers' and transformers' own classes, so that what sd.py paints with these
@@ -21,6 +21,7 @@ under the names of the original Stable Diffusion: it goes through convert_weight
 
 import argparse
 import copy
+import hashlib
 import json
 import math
 import multiprocessing
@@ -44,10 +45,9 @@ import world
 from world import SIZE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The UNet's products in bfloat16, where the machine has them.
-HALF = torch.autocast(
-    DEVICE, torch.bfloat16, DEVICE == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-)
+VAE_PICTURES = 6000  # of the UNet's, the first
+FIRST_ROUND = 10000  # steps of the UNet; then the learning rate begins anew
+END = 49407  # CLIP's end mark, and its padding
 
 # What the converter cannot see in the tensors' shapes; it is stored in the checkpoint beside them.
 NUMBERS = {
@@ -78,7 +78,7 @@ def networks():
     unet = UNet2DConditionModel(
         sample_size=SIZE // 8,
         block_out_channels=(64, 64, 64, 64),
-        attention_head_dim=tuple(NUMBERS["unet"]["heads"]),
+        attention_head_dim=tuple(NUMBERS["unet"]["heads"]),  # so diffusers calls their number
         norm_num_groups=NUMBERS["unet"]["groups"],
         cross_attention_dim=40,
     )
@@ -89,9 +89,9 @@ def networks():
             num_hidden_layers=4,
             num_attention_heads=NUMBERS["text"]["heads"],
             hidden_act="quick_gelu",
-            bos_token_id=49406,
-            eos_token_id=49407,
-            pad_token_id=49407,
+            bos_token_id=END - 1,
+            eos_token_id=END,
+            pad_token_id=END,
         )
     )
     return vae, unet, text
@@ -129,6 +129,11 @@ def drawn(seed):
     return np.asarray(world.draw(scene_of(seed), seed))
 
 
+def mark():
+    """It changes when the pictures do: then what has learned from them must learn anew."""
+    return hashlib.sha256(b"".join(drawn(seed).tobytes() for seed in range(32))).hexdigest()[:16]
+
+
 def to_torch(pictures):
     """(n, h, w, 3) in 0 ... 255 -> (n, 3, h, w) in [-1, 1]"""
     x = torch.from_numpy(np.asarray(pictures)).to(DEVICE)
@@ -143,16 +148,13 @@ def usual(peak, steps):
     return lambda step: peak * min(1, (step + 1) / 200, 5 * (1 - step / steps))
 
 
-FIRST_ROUND = 10000
-
-
-def two_rounds(steps):
+def two_rounds(first, steps):
     """That of the UNet: down to 0 from half of the first round on, and once more, from 7e-4."""
 
     def rate(step):
-        if step < FIRST_ROUND:
-            return 1e-3 * min(1, (step + 1) / 200, 2 * (1 - step / FIRST_ROUND))
-        return 7e-4 * min((step - FIRST_ROUND + 1) / 200, (steps - step) / (steps - FIRST_ROUND))
+        if step < first:
+            return 1e-3 * min(1, (step + 1) / 200, 2 * (1 - step / first))
+        return 7e-4 * min((step - first + 1) / 200, (steps - step) / (steps - first))
 
     return rate
 
@@ -164,7 +166,7 @@ class Stage:
         self.path, self.steps, self.rate, self.modules = path, steps, rate, modules
         self.parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, weight_decay=1e-4, fused=True)
-        self.step, self.losses, self.start = 0, [], None
+        self.step, self.losses = 0, []
         if path.exists():
             state = torch.load(path, map_location=DEVICE)
             for module, weights in zip(modules, state["modules"]):
@@ -185,9 +187,12 @@ class Stage:
 
     def left(self):
         """Steps still to do. Each is seeded, so that a resumed run sees what it would have seen."""
+        self.start = time.time(), self.step
         while self.step < self.steps:
             torch.manual_seed(self.step)
             yield self.step
+            if self.step % 500 == 0 or self.step == self.steps:
+                self.save()
 
     def learn(self, loss):
         """One step of AdamW."""
@@ -197,11 +202,10 @@ class Stage:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
-        self.start = self.start or (time.time(), self.step)
         self.step += 1
         self.losses.append(loss.detach())
         if self.step % 100 == 0 or self.step == self.steps:
-            pace = (time.time() - self.start[0]) / (self.step - self.start[1] or 1)
+            pace = (time.time() - self.start[0]) / (self.step - self.start[1])
             print(
                 f"{self.path.stem}: step {self.step}/{self.steps}  "
                 f"loss {torch.stack(self.losses).mean():.4f}  {pace:.2f} s a step  "
@@ -209,14 +213,12 @@ class Stage:
                 flush=True,
             )
             self.losses = []
-        if self.step % 500 == 0 or self.step == self.steps:
-            self.save()
 
 
-def train_vae(vae, stage, pool):
-    if stage.step == stage.steps:
+def train_vae(vae, stage, pool, count):
+    if stage.step >= stage.steps:
         return
-    pictures = np.stack(pool.map(drawn, range(6000), chunksize=64))
+    pictures = np.stack(pool.map(drawn, range(min(count, VAE_PICTURES)), chunksize=64))
     for step in stage.left():
         rng = np.random.default_rng(step)
         crops = []
@@ -227,9 +229,9 @@ def train_vae(vae, stage, pool):
         posterior = vae.encode(x).latent_dist
         out = vae.decode(posterior.sample()).sample
         # Most pixels are sky and ground. Those that stand out from their row count more, and so do
-        # edges: without the second term they are the last thing to become sharp.
-        usual = x.median(dim=3, keepdim=True).values
-        weight = 1 + 4 * (x - usual).abs().mean(1, keepdim=True).clamp(max=1)
+        # edges, by a term of their own: else they are the last thing to become sharp.
+        row = x.median(dim=3, keepdim=True).values
+        weight = 1 + 4 * (x - row).abs().mean(1, keepdim=True).clamp(max=1)
         edges = sum(F.l1_loss(out.diff(dim=d), x.diff(dim=d)) for d in (2, 3))
         error = out - x
         kl = posterior.kl().mean() / x[0].numel()
@@ -237,14 +239,14 @@ def train_vae(vae, stage, pool):
         stage.learn(loss)
 
 
-def train_decoder(vae, folder, steps, pool):
+def train_decoder(vae, folder, steps, pool, count):
     """The decoder alone, further: what it learns does not change the latents of the UNet's stage.
 
     So this can be done, and done again, at any time; so were Stable Diffusion's later decoders.
     """
     vae.requires_grad_(False)
     decoder = torch.nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True)
-    train_vae(vae, Stage(folder / "decoder.pt", steps, usual(1e-3, steps), [decoder]), pool)
+    train_vae(vae, Stage(folder / "decoder.pt", steps, usual(1e-3, steps), [decoder]), pool, count)
     vae.requires_grad_(False)
 
 
@@ -289,7 +291,7 @@ def scale_latents(vae, deviation):
 
 
 def facts(scene):
-    """What a sentence says, in numbers: three things, three colours, ground, time, layout ..."""
+    """The scene in numbers: three things, three colours, ground, time, layout, count, size."""
     things = [list(world.THINGS).index(t) for t, _ in scene.things]
     colours = [list(world.COLOURS).index(c) for _, c in scene.things]
     nothing = 3 - len(things)
@@ -305,25 +307,28 @@ def train_text(text, words, folder, steps):
     """Before it has to say it in the UNet's language, the text model learns what there is to say.
 
     Stable Diffusion's had learned that from CLIP's pictures and their captions. Here one linear
-    layer asks it for the facts, at the end mark and at each place behind it. Without this the UNet
-    had to teach it words and binding ("a red house and a blue boat") through noise.
+    layer asks it for the facts, at the end mark and at some places behind it. (It can't be right
+    about what the sentence leaves out.) Without this the UNet had to teach it words and binding
+    ("a red house and a blue boat") through noise.
     """
-    sizes = [17] * 3 + [11] * 3 + [5, 4, 3, 4, 3]
+    sizes = [len(world.THINGS) + 1] * 3 + [len(world.COLOURS) + 1] * 3  # + 1: there are fewer
+    sizes += [len(world.GROUNDS), len(world.TIMES), 3, 4, 3]  # layout, count (1 to 3), size
+    torch.manual_seed(0)
     ask = torch.nn.Linear(text.config.hidden_size, sum(sizes)).to(DEVICE)
     stage = Stage(folder / "text.pt", steps, usual(2e-3, steps), [text, ask])
     for step in stage.left():
         rng = random.Random(step)
         scenes = [world.random_scene(rng) for _ in range(128)]
         ids = words([world.sentence(rng, s) for s in scenes])
-        longest = int((ids != 49407).sum(1).max()) + 8
+        longest = int((ids != END).sum(1).max()) + 8
         answers = ask(text(ids[:, :longest]).last_hidden_state)
-        behind = (ids[:, :longest] == 49407)[..., None]
+        behind = ids[:, :longest] == END
         truth = torch.tensor([facts(s) for s in scenes], device=DEVICE)
         loss = 0
         for answer, right in zip(answers.split(sizes, dim=2), truth.T):
             right = right[:, None].expand(-1, longest)
             each = F.cross_entropy(answer.transpose(1, 2), right, reduction="none")
-            loss = loss + (each * behind[..., 0]).sum() / behind.sum()
+            loss = loss + (each * behind).sum() / behind.sum()
         stage.learn(loss)
 
 
@@ -332,14 +337,18 @@ def train_unet(unet, text, latents, words, folder, steps, sample):
     slow = [copy.deepcopy(unet), copy.deepcopy(text)]  # averages of the weights (EMA)
     for module in slow:
         module.requires_grad_(False)
-    stage = Stage(folder / "unet.pt", steps, two_rounds(steps), [unet, text, *slow])
+    first_round = min(FIRST_ROUND, steps // 2)
+    rate = two_rounds(first_round, steps)
+    stage = Stage(folder / "unet.pt", steps, rate, [unet, text, *slow])
+    cpu = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    half = torch.autocast(DEVICE, torch.bfloat16, DEVICE == "cuda" or cpu)  # where there is such
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     abar = (1 - betas).cumprod(0).float().to(DEVICE)
     scenes = [scene_of(i) for i in range(len(latents))]
     latents = torch.from_numpy(latents).to(DEVICE)
     batch = 32
     unet.to(memory_format=torch.channels_last)
-    if DEVICE == "cpu":  # PyTorch's fused attention is slower there: 0.62 s a step, so 0.43
+    if DEVICE == "cpu":  # where PyTorch's fused attention is slower: 0.62 s a step, this way 0.48
         unet.set_attn_processor(AttnProcessor())
         text.set_attn_implementation("eager")
     for step in stage.left():
@@ -351,7 +360,7 @@ def train_unet(unet, text, latents, words, folder, steps, sample):
         # Timesteps evenly spread: less noise in the loss. At first half of them are in the noisiest
         # third, where the ground and the light are decided; after that it is the shapes' turn.
         even = (torch.arange(batch // 2) + torch.rand(2, batch // 2)) / (batch // 2)
-        first, range_ = (667, 333) if step < 2500 else (0, 1000)
+        first, range_ = (667, 333) if step < first_round // 4 else (0, 1000)
         t = torch.cat([even[0] * 1000, first + even[1] * range_]).long().clamp(max=999).to(DEVICE)
         a = abar[t][:, None, None, None]
         # A network can read the ground and the light off the noisy picture's average colours, for
@@ -361,10 +370,10 @@ def train_unet(unet, text, latents, words, folder, steps, sample):
         # begins without them, with averages near 0, which a network used to strong ones takes for
         # "neither dark nor bright": whatever the sentence leaves open becomes rain. So, once it has
         # learned to listen, they become weak.
-        strength = 0.3 if step < FIRST_ROUND else 0.1
+        strength = 0.3 if step < first_round else 0.1
         noise, offset = torch.randn(x0.shape), strength * torch.randn(batch, 4, 2, 2)
         noise = (noise + offset.repeat_interleave(8, 2).repeat_interleave(8, 3)).to(DEVICE)
-        with HALF:
+        with half:
             context = text(words(said)).last_hidden_state
             x = (a.sqrt() * x0 + (1 - a).sqrt() * noise).to(memory_format=torch.channels_last)
             eps = unet(x, t, context).sample
@@ -510,14 +519,22 @@ def main(argv=None):
                    help="steps of 32 pictures (default: 25000)")
     # fmt: on
     args = p.parse_args(argv)
-    args.folder.mkdir(exist_ok=True)
+    args.folder.mkdir(exist_ok=True, parents=True)
+    made = {"world": mark(), "pictures": args.pictures, "vae_steps": args.vae_steps}
+    note = args.folder / "made.json"
+    if note.exists() and json.loads(note.read_text()) != made:
+        sys.exit(
+            f"{args.folder} was begun with other pictures or --vae-steps: try another --folder."
+        )
+    note.write_text(json.dumps(made))
     torch.manual_seed(0)
     vae, unet, text = (network.to(DEVICE) for network in networks())
     with multiprocessing.get_context("spawn").Pool() as pool:
         rate = usual(2e-3, args.vae_steps)
-        train_vae(vae, Stage(args.folder / "vae.pt", args.vae_steps, rate, [vae]), pool)
+        stage = Stage(args.folder / "vae.pt", args.vae_steps, rate, [vae])
+        train_vae(vae, stage, pool, args.pictures)
         latents = encode_all(vae, args.folder, args.pictures, pool)
-        train_decoder(vae, args.folder, args.decoder_steps, pool)
+        train_decoder(vae, args.folder, args.decoder_steps, pool, args.pictures)
         print(f"vae: PSNR {psnr(vae, pool, args.pictures):.1f} dB on 200 new pictures", flush=True)
     deviation = float(latents.astype(np.float32).std())
     scale_latents(vae, deviation)

@@ -58,7 +58,10 @@ WOOD, GLASS, STEM, DARK = (104, 68, 42), (206, 232, 250), (46, 122, 56), (34, 34
 
 
 class Pen:
-    """Draws in units of the thing's own size: x from -1 to 1, y from 0 (the ground) up to 2."""
+    """Draws in units of the thing's own size: x from -1 to 1, y from 0 (the ground) up to 2.
+
+    The backdrop's is as large as the picture: there both go from 0 to 1.
+    """
 
     def __init__(self, draw, x, y, size):
         self.draw, self.x, self.y, self.size = draw, x, y, size
@@ -221,7 +224,7 @@ def star(pen, c, e):
         pen.polygon([(q * math.cos(a), 0.95 + q * math.sin(a)) for q, a in corners], colour)
 
 
-# How to draw it, and how people call one and several of it.
+# How to draw it, and how people call it; a name that stands twice is said twice as often.
 THINGS = {
     "house": (house, ("house", "house", "cottage")),
     "castle": (castle, ("castle",)),
@@ -282,7 +285,7 @@ def random_scene(rng, everything=False):
 
 
 def places(rng, scene):
-    """-> [(thing, colour, x, y of its foot, size)] in parts of the picture, the farthest first."""
+    """-> [(thing, colour, x, y of its foot, size)] in parts of the picture; behind is first."""
     if scene.layout == "one":
         size = {"": 0.23, "big": 0.31, "small": 0.135}[scene.size] * rng.uniform(0.94, 1.06)
         x = rng.uniform(0.36, 0.64)
@@ -338,11 +341,11 @@ def backdrop(rng, scene, n):
     def lit(k):  # the ground's own colour, lighter or darker
         return tuple(int(v) for v in np.clip(near * k, 0, 255))
 
-    edge = 1 - horizon / n
+    edge = 1 - horizon / n  # what stands there is drawn before the ground, which covers its foot
     if scene.ground == "street":  # a row of houses far away
         for k in range(6):
-            top = edge + (0.1, 0.16, 0.12)[(k + side) % 3]
-            pen.box(k / 6 + 0.01, edge, k / 6 + 0.13, top, lit(0.82))
+            roof = edge + (0.1, 0.16, 0.12)[(k + side) % 3]
+            pen.box(k / 6 + 0.01, edge, k / 6 + 0.13, roof, lit(0.82))
     elif scene.ground == "snow":  # mountains
         for x in (0.2, 0.5, 0.8):
             peak = x + 0.03 * side, edge + 0.15
@@ -366,7 +369,11 @@ def backdrop(rng, scene, n):
 
 
 def draw(scene, seed):
-    """-> the 128 x 128 picture. The seed decides what the sentence does not."""
+    """-> the 128 x 128 picture. The seed decides what the sentence does not.
+
+    (With the scene's own seed, as in training, the same numbers choose ground and horizon: the two
+    go together a little.)
+    """
     return draw_placed(scene, seed)[0]
 
 
@@ -390,7 +397,7 @@ def phrase(rng, thing, colour, size="", count=1):
     """ "a big red house", "two violet fish"."""
     words = [rng.choice(THINGS[thing][1])]
     if count > 1 and words[0] != "fish":
-        words[0] += "es" if words[0].endswith("s") else "s"
+        words[0] += "s"
     if rng.random() > 0.04:
         words.insert(0, rng.choice(COLOUR_WORDS.get(colour, (colour,))))
     if size and rng.random() < 0.85:
