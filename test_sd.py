@@ -2442,6 +2442,7 @@ def test_every_picture_of_the_world_is_another_and_the_same_again():
 
 def test_sentences_name_what_is_there_and_nothing_else():
     rng = random.Random(0)
+    times = {name: words for name, (*_, words) in world.TIMES.items()}
     for _ in range(500):
         scene = world.random_scene(rng)
         text = world.sentence(rng, scene).replace("green meadow", "meadow")
@@ -2450,6 +2451,8 @@ def test_sentences_name_what_is_there_and_nothing_else():
             assert named == (thing in [t for t, _ in scene.things]), (scene, text)
         colours = [c for c in world.COLOURS for w in world.COLOUR_WORDS.get(c, (c,)) if w in text]
         assert set(colours) <= {c for _, c in scene.things}, (scene, text)
+        said = [name for name, words in times.items() if any(word in text for word in words)]
+        assert said == [scene.time] or said == [] and scene.time == "day", (scene, text)
 
 
 def test_training_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, capsys):
@@ -2512,7 +2515,7 @@ def test_the_judge_finds_what_was_drawn_where_its_answers_are_perfect():
 
 def test_only_what_was_held_out_is_asked_for_and_all_of_it_is_said():
     rng = random.Random(0)
-    times = [words for *_, words in world.TIMES.values()]
+    grounds = [word for _, words in world.GROUNDS.values() for word in words]
     for i in range(300):
         scene, _, options = evaluate.text(rng, i)
         assert len(scene.things) == 1 + i % 2
@@ -2520,7 +2523,7 @@ def test_only_what_was_held_out_is_asked_for_and_all_of_it_is_said():
         assert any(words in options["prompt"] for words in world.GROUNDS[scene.ground][1])
         assert any(words in options["prompt"] for words in world.TIMES[scene.time][3])
         _, _, options = evaluate.negative(rng, i)
-        assert not any(word in options["prompt"] for words in times for word in words)
+        assert not any(word in options["prompt"] for word in grounds)
 
 
 def test_the_readme_s_grid_is_what_its_lines_paint(tmp_path):

@@ -10,7 +10,7 @@ no others, wherever they are. Each (thing, colour, ground, time) that is asked f
 training (world.held_out). Tasks:
 
     text       half of the sentences name one thing, half two
-    negative   the sentence leaves the time open; with the negative prompt "at night" and without
+    negative   the sentence leaves the ground open; without and with the negative "on the street"
     image      begins with a drawing of the same scene in which the thing has another colour
     inpaint    begins with a drawing of two things; the place of the right one is painted anew
 
@@ -45,17 +45,16 @@ def held_out_scene(rng, number):
     return world.Scene(things, ground, time, "one" if number == 1 else "row")
 
 
-def full_sentence(rng, scene, time_too=True):
-    """A sentence that names every part of the scene; or all but the time."""
-    times = [word for _, _, _, words in world.TIMES.values() for word in words]
+def full_sentence(rng, scene, ground_too=True):
+    """A sentence that names every part of the scene; or all but the ground."""
     while True:
         text = world.sentence(rng, scene)
-        parts = [world.GROUNDS[scene.ground][1]]
+        parts = [world.TIMES[scene.time][3]]
         for thing, colour in scene.things:
             words = world.COLOUR_WORDS.get(colour, (colour,))
             parts.append([f"{word} {name}" for word in words for name in world.THINGS[thing][1]])
         whole = all(any(word in text for word in words) for words in parts)
-        if whole and any(time in text for time in times) == time_too:
+        if whole and any(word in text for word in world.GROUNDS[scene.ground][1]) == ground_too:
             return text
 
 
@@ -71,8 +70,8 @@ def negative(rng, i):
     """In pairs: the same sentence and seed without it, and with it."""
     rng = random.Random(i // 2)
     scene = held_out_scene(rng, 1)
-    options = {"negative_prompt": "at night" if i % 2 else "", "seed": i // 2}
-    return scene, "txt2img", {"prompt": full_sentence(rng, scene, time_too=False), **options}
+    options = {"negative_prompt": "on the street" if i % 2 else "", "seed": i // 2}
+    return scene, "txt2img", {"prompt": full_sentence(rng, scene, ground_too=False), **options}
 
 
 def image(rng, i):
@@ -136,8 +135,8 @@ def main(argv=None):
     prompts = [given["prompt"] for given in options]
     if args.task == "negative":
         for i, said in enumerate(("without", "with")):
-            night = [when == "night" for _, _, when in seen[i::2]]
-            print(f"night {said} a negative prompt: {np.mean(night):.1%} of {len(night)}")
+            street = [ground == "street" for _, ground, _ in seen[i::2]]
+            print(f"a street {said} the negative prompt: {np.mean(street):.1%} of {len(street)}")
         return
     marks = [judge.right(scene, what) for scene, what in zip(scenes, seen)]
     print("| | thing | and its colour | ground | time |\n|---|---|---|---|---|")

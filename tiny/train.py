@@ -53,7 +53,7 @@ END = 49407  # CLIP's end mark, and its padding
 NUMBERS = {
     "name": "the miniature",
     "size": SIZE,
-    "cfg": 3.0,
+    "cfg": 1.5,
     "text": {"heads": 4},
     "unet": {"heads": [2, 2, 2, 2], "groups": 16},
     "vae": {"groups": 8},
@@ -515,8 +515,8 @@ def main(argv=None):
                    help="more such steps of the decoder (default: 3000)")
     p.add_argument("--text-steps", type=int, default=4000, metavar="N",
                    help="steps of 128 sentences (default: 4000)")
-    p.add_argument("--unet-steps", type=int, default=25000, metavar="N",
-                   help="steps of 32 pictures (default: 25000)")
+    p.add_argument("--unet-steps", type=int, default=22000, metavar="N",
+                   help="steps of 32 pictures (default: 22000)")
     # fmt: on
     args = p.parse_args(argv)
     args.folder.mkdir(exist_ok=True, parents=True)

@@ -411,7 +411,10 @@ def phrase(rng, thing, colour, size="", count=1):
 
 
 def sentence(rng, scene):
-    """One of the ways to say it. Parts are left out at random, so that prompts may do so, too."""
+    """One of the ways to say it. Parts are left out at random, so that prompts may do so, too.
+
+    But for the time: if nobody says when, it is by day.
+    """
     named = [phrase(rng, *t, scene.size, scene.count) for t in scene.things]
     if scene.layout == "behind":
         first, second = named
@@ -430,7 +433,8 @@ def sentence(rng, scene):
     else:
         what = named[0]
     where = rng.choice(GROUNDS[scene.ground][1]) if rng.random() < 0.75 else ""
-    time = rng.choice(TIMES[scene.time][3]) if rng.random() < 0.75 else ""
+    said = scene.time != "day" or rng.random() < 0.5
+    time = rng.choice(TIMES[scene.time][3]) if said else ""
     start = rng.choice(("", "", "", "", "", "a picture of ", "a drawing of "))
     text = rng.choice((
         f"{start}{what} {where} {time}", f"{start}{what} {where} {time}",
