@@ -2866,7 +2866,7 @@ def make_parser():
                    help="from noise to picture, a UNet call each, for PLMS one more (default: 50)")
     g.add_argument("--cfg", type=float, metavar="S",
                    help="how far to follow the prompt: 1 follows, 7.5 insists (default: the "
-                        "model's, 7.5 for Stable Diffusion, 3 for the miniature)")
+                        "model's, 7.5 for Stable Diffusion, 2 for the miniature)")
     g.add_argument("--sampler", default="plms", choices=SAMPLERS,
                    help="how to walk from noise to picture (default: plms)")
     g.add_argument("--rng", default="torch", choices=RNGS,

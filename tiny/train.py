@@ -53,14 +53,14 @@ END = 49407  # CLIP's end mark, and its padding
 NUMBERS = {
     "name": "the miniature",
     "size": SIZE,
-    "cfg": 1.5,
+    "cfg": 2.0,
     "text": {"heads": 4},
     "unet": {"heads": [2, 2, 2, 2], "groups": 16},
     "vae": {"groups": 8},
 }
 
 # %% The networks ----------------------------------------------------------------------------------
-# Small numbers in the shape of Stable Diffusion 1.x. 7.7 million parameters, of which 2.0 are the
+# Small numbers in the shape of Stable Diffusion 1.x. 7.6 million parameters, of which 2.0 are the
 # text model's 49,408 words (nearly all of them never seen) and 1.3 are the autoencoder.
 
 
@@ -215,7 +215,8 @@ class Stage:
             self.losses = []
 
 
-def train_vae(vae, stage, pool, count):
+def train_vae(vae, stage, pool, count, noise=0.0):
+    """noise: at most so large is the deviation of what is added to the latents."""
     if stage.step >= stage.steps:
         return
     pictures = np.stack(pool.map(drawn, range(min(count, VAE_PICTURES)), chunksize=64))
@@ -227,7 +228,10 @@ def train_vae(vae, stage, pool, count):
             crops.append(pictures[i, y : y + 64, x : x + 64])
         x = to_torch(np.stack(crops))
         posterior = vae.encode(x).latent_dist
-        out = vae.decode(posterior.sample()).sample
+        z = posterior.sample()
+        strength = noise * torch.rand(len(z), 1, 1, 1)
+        off = strength * (torch.randn(z.shape) + torch.randn(*z.shape[:2], 1, 1))
+        out = vae.decode(z + off.to(DEVICE)).sample
         # Most pixels are sky and ground. Those that stand out from their row count more, and so do
         # edges, by a term of their own: else they are the last thing to become sharp.
         row = x.median(dim=3, keepdim=True).values
@@ -239,14 +243,17 @@ def train_vae(vae, stage, pool, count):
         stage.learn(loss)
 
 
-def train_decoder(vae, folder, steps, pool, count):
+def train_decoder(vae, folder, steps, pool, count, deviation):
     """The decoder alone, further: what it learns does not change the latents of the UNet's stage.
 
-    So this can be done, and done again, at any time; so were Stable Diffusion's later decoders.
+    So this can be done, and done again, at any time; so were Stable Diffusion's later decoders. It
+    learns to forgive: what the UNet paints is off by a tenth of the latents' deviation here and
+    there, of which the first stage's decoder makes pink spots on yellow sand.
     """
     vae.requires_grad_(False)
     decoder = torch.nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True)
-    train_vae(vae, Stage(folder / "decoder.pt", steps, usual(1e-3, steps), [decoder]), pool, count)
+    stage = Stage(folder / "decoder.pt", steps, usual(1e-3, steps), [decoder])
+    train_vae(vae, stage, pool, count, noise=0.2 * deviation)
     vae.requires_grad_(False)
 
 
@@ -511,8 +518,8 @@ def main(argv=None):
                    help="how many the UNet learns from (default: 40000)")
     p.add_argument("--vae-steps", type=int, default=8000, metavar="N",
                    help="steps of 16 crops (default: 8000)")
-    p.add_argument("--decoder-steps", type=int, default=3000, metavar="N",
-                   help="more such steps of the decoder (default: 3000)")
+    p.add_argument("--decoder-steps", type=int, default=7000, metavar="N",
+                   help="more such steps of the decoder (default: 7000)")
     p.add_argument("--text-steps", type=int, default=4000, metavar="N",
                    help="steps of 128 sentences (default: 4000)")
     p.add_argument("--unet-steps", type=int, default=22000, metavar="N",
@@ -534,9 +541,9 @@ def main(argv=None):
         stage = Stage(args.folder / "vae.pt", args.vae_steps, rate, [vae])
         train_vae(vae, stage, pool, args.pictures)
         latents = encode_all(vae, args.folder, args.pictures, pool)
-        train_decoder(vae, args.folder, args.decoder_steps, pool, args.pictures)
+        deviation = float(latents.astype(np.float32).std())
+        train_decoder(vae, args.folder, args.decoder_steps, pool, args.pictures, deviation)
         print(f"vae: PSNR {psnr(vae, pool, args.pictures):.1f} dB on 200 new pictures", flush=True)
-    deviation = float(latents.astype(np.float32).std())
     scale_latents(vae, deviation)
     latents = latents / np.float16(deviation)  # as vae.encode(...) * 0.18215 now gives them
 
