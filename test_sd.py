@@ -1436,7 +1436,7 @@ def test_a_lora_for_another_width_is_refused_by_name(lora, tmp_path):
 
 def test_a_textual_inversion_becomes_a_word(tiny, tiny_pipeline, their_tokenizer, run, tmp_path):
     """Against diffusers' load_textual_inversion; all forms of file are the same."""
-    vectors = torch.randn(2, 32, generator=torch.Generator().manual_seed(0)) / 4
+    vectors = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(0)) / 4
     pipeline = StableDiffusionPipeline(
         **tiny_pipeline.components
         | {"text_encoder": copy.deepcopy(tiny_pipeline.text_encoder)}
@@ -1481,7 +1481,7 @@ def test_clip_skip_reads_fewer_layers(tiny, tiny_pipeline, skip):
     norm = (text.text_model if hasattr(text, "text_model") else text).final_layer_norm
     model = sd.StableDiffusion(changes=[sd.clip_skip(skip)])
     assert_close(model.contexts(["a red house"]), norm(hidden) if skip > 1 else text(ids)[0], 1e-5)
-    for wrong in (0, 4):
+    for wrong in (0, 5):
         with pytest.raises(ValueError, match="clip_skip"):
             sd.StableDiffusion(changes=[sd.clip_skip(wrong)])
 
@@ -2243,7 +2243,7 @@ def test_a_picture_can_be_begun_with_and_painted_into(tmp_path, hole):
 def test_files_of_others_are_converted_and_used(tmp_path, lora, controlnet):
     save_file(kohya(lora), tmp_path / "style.safetensors")
     controlnet.save_pretrained(tmp_path / "edges")
-    save_file({"emb_params": torch.randn(2, 32)}, tmp_path / "thing.safetensors")
+    save_file({"emb_params": torch.randn(2, WIDTH)}, tmp_path / "thing.safetensors")
     options = (
         "--lora", "style.safetensors:0.5", "--words", "thing.safetensors", "--clip-skip", 2,
         "--controlnet", "edges:0.7", "--control-image", RED_HOUSE,
@@ -2486,7 +2486,8 @@ def test_the_miniature_is_trained_from_nothing_to_a_picture(tmp_path):
     model = sd.StableDiffusion(tmp_path / "tiny.safetensors")
     assert model.config["name"] == "the miniature"
     assert model.txt2img("a red house", steps=1)[0].size == (128, 128)
-    deviation = np.std(model.encode(np.stack([train.drawn(i) for i in range(40)]) / 255.0))
+    pictures = np.stack([train.drawn(i) for i in range(40)]) / np.float32(255)
+    deviation = np.std(np.array(model.encode(pictures)))
     assert abs(deviation - 1) < 0.02  # as Stable Diffusion's latents are, after x 0.18215
     with pytest.raises(SystemExit, match="try another --folder"):
         train.main([*few, "--vae-steps", "2"])

@@ -506,7 +506,7 @@ def original_names(vae, unet, text):
     for name, tensor in text.state_dict().items():
         name = name.removeprefix("text_model.")
         out[f"cond_stage_model.transformer.text_model.{name}"] = tensor
-    return {name: tensor.cpu().contiguous() for name, tensor in out.items()}
+    return {name: tensor.contiguous() for name, tensor in out.items()}
 
 
 def main(argv=None):
@@ -557,6 +557,7 @@ def main(argv=None):
         unet, text, latents, words, args.folder, args.unet_steps, sampler(vae, words)
     )
     path = args.folder / "tiny.ckpt"
+    vae, unet, text = (network.cpu() for network in (vae, unet, text))
     torch.save({"state_dict": original_names(vae, unet, text), "sd_config": NUMBERS}, path)
     print(f"saved {path}. Now: python convert_weights.py {path} -o {HERE / 'tiny.safetensors'}")
 
