@@ -549,8 +549,10 @@ NOT_WEIGHTS = (
 )
 
 
-DAMAGE = (ValueError, OverflowError, RecursionError, EOFError, struct.error, zipfile.BadZipFile)
-DAMAGE += (NotImplementedError,)  # zipfile's, for a zip of a later version than it knows
+DAMAGE = (
+    ValueError, OverflowError, RecursionError, EOFError, struct.error, zipfile.BadZipFile,
+    NotImplementedError,  # zipfile's, for a zip of a later version than it knows
+)  # fmt: skip
 
 
 def read_file(path):

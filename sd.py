@@ -1883,7 +1883,7 @@ def share(f, *jobs, work):
     """f(job) for each combination of jobs, on all cores. work: how many products, roughly.
 
     Little work is done here and now, and OpenBLAS may use what threads it likes. The miniature's
-    picture took 3.0 s on two cores, and takes 2.0 s so.
+    25 steps took 3.4 s on two cores, and take 1.9 s so.
     """
     jobs = list(itertools.product(*jobs))
     if work < LITTLE:

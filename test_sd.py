@@ -2517,6 +2517,7 @@ def test_the_judge_finds_what_was_drawn_where_its_answers_are_perfect():
 def test_only_what_was_held_out_is_asked_for_and_all_of_it_is_said():
     rng = random.Random(0)
     grounds = [word for _, words in world.GROUNDS.values() for word in words]
+    times = [word for *_, words in world.TIMES.values() for word in words]
     for i in range(300):
         scene, _, options = evaluate.text(rng, i)
         assert len(scene.things) == 1 + i % 2
@@ -2525,6 +2526,9 @@ def test_only_what_was_held_out_is_asked_for_and_all_of_it_is_said():
         assert any(words in options["prompt"] for words in world.TIMES[scene.time][3])
         _, _, options = evaluate.negative(rng, i)
         assert not any(word in options["prompt"] for word in grounds)
+        scene, _, options = evaluate.undated(rng, i)
+        assert scene.time == "day" and not any(word in options["prompt"] for word in times)
+        assert all(world.held_out(*each, scene.ground, "day") for each in scene.things)
 
 
 def test_the_readme_s_grid_is_what_its_lines_paint(tmp_path):

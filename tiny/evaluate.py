@@ -2,14 +2,15 @@
 
     pip install -e '.[test]'
     python tiny/evaluate.py                     1,000 sentences, some 20 minutes on two cores
-    python tiny/evaluate.py --cfg 1 --number 200
-    python tiny/evaluate.py --task inpaint --number 200
+    python tiny/evaluate.py --cfg 1 --number 400
+    python tiny/evaluate.py --task inpaint --number 400
 
 sd.py paints, 25 PLMS steps; the judge (judge.py) looks. Right are exactly the things asked for, and
 no others, wherever they are. Each (thing, colour, ground, time) that is asked for was held out of
 training (world.held_out). Tasks:
 
     text       half of the sentences name one thing, half two
+    undated    the same, but no sentence says when: it should be by day
     negative   the sentence leaves the ground open; without and with the negative "on the street"
     image      begins with a drawing of the same scene in which the thing has another colour
     inpaint    begins with a drawing of two things; the place of the right one is painted anew
@@ -45,16 +46,21 @@ def held_out_scene(rng, number):
     return world.Scene(things, ground, time, "one" if number == 1 else "row")
 
 
-def full_sentence(rng, scene, ground_too=True):
-    """A sentence that names every part of the scene; or all but the ground."""
+def says(text, words):
+    return any(word in text for word in words)
+
+
+def full_sentence(rng, scene, unsaid=None):
+    """A sentence that names every part of the scene; but not the "ground" or "time" if unsaid."""
+    where_and_when = {"ground": world.GROUNDS[scene.ground][1], "time": world.TIMES[scene.time][3]}
+    things = []
+    for thing, colour in scene.things:
+        words = world.COLOUR_WORDS.get(colour, (colour,))
+        things.append([f"{word} {name}" for word in words for name in world.THINGS[thing][1]])
     while True:
         text = world.sentence(rng, scene)
-        parts = [world.TIMES[scene.time][3]]
-        for thing, colour in scene.things:
-            words = world.COLOUR_WORDS.get(colour, (colour,))
-            parts.append([f"{word} {name}" for word in words for name in world.THINGS[thing][1]])
-        whole = all(any(word in text for word in words) for words in parts)
-        if whole and any(word in text for word in world.GROUNDS[scene.ground][1]) == ground_too:
+        fits = [says(text, words) == (part != unsaid) for part, words in where_and_when.items()]
+        if all(fits) and all(says(text, words) for words in things):
             return text
 
 
@@ -66,12 +72,18 @@ def text(rng, i):
     return scene, "txt2img", {"prompt": full_sentence(rng, scene)}
 
 
+def undated(rng, i):
+    while (scene := held_out_scene(rng, 1 + i % 2)).time != "day":
+        pass
+    return scene, "txt2img", {"prompt": full_sentence(rng, scene, unsaid="time")}
+
+
 def negative(rng, i):
     """In pairs: the same sentence and seed without it, and with it."""
     rng = random.Random(i // 2)
     scene = held_out_scene(rng, 1)
     options = {"negative_prompt": "on the street" if i % 2 else "", "seed": i // 2}
-    return scene, "txt2img", {"prompt": full_sentence(rng, scene, ground_too=False), **options}
+    return scene, "txt2img", {"prompt": full_sentence(rng, scene, unsaid="ground"), **options}
 
 
 def image(rng, i):
@@ -94,7 +106,7 @@ def inpaint(rng, i):
     return scene, "inpaint", {"prompt": full_sentence(rng, scene), "image": before, "mask": mask}
 
 
-TASKS = {"text": text, "negative": negative, "image": image, "inpaint": inpaint}
+TASKS = {f.__name__: f for f in (text, undated, negative, image, inpaint)}
 
 
 def paint(job):
