@@ -23,7 +23,7 @@ Beside Python's own modules it imports MLX, NumPy, safetensors, regex and Pillow
 training, and other people's file formats. convert_weights.py reads those once and writes a flat
 file, so that this file knows one set of names and one layout.
 
-Letters, the same throughout part I:
+Letters, the same throughout part I (but a layer's own x, h and w are those of its input):
     b        pictures in the batch; inside the UNet twice that, without and with the prompt
     h, w     height and width of the latents, 1/8 of the picture's: 64, 64
     c, o     channels: the numbers at one place; those that come out of a layer
@@ -112,7 +112,7 @@ from safetensors import SafetensorError, safe_open  # checks a file's header bef
 # 48,894 merges makes, and last the two marks.
 START, END = 49406, 49407
 MARKS = {"<|startoftext|>": START, "<|endoftext|>": END}
-ANY_MARK = r"<\|startoftext\|>|<\|endoftext\|>"
+ANY_MARK = "|".join(map(regex.escape, MARKS))
 WORDS = regex.compile(ANY_MARK + r"|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
 
 
@@ -133,8 +133,9 @@ class Tokenizer:
         merges = [tuple(line.split(" ")) for line in merges.splitlines()]
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}  # found first, glued first
         letters = list(self.letters.values())
-        words = letters + [x + "</w>" for x in letters] + ["".join(pair) for pair in merges]
-        self.ids = {word: i for i, word in enumerate(words)}
+        ends = [letter + "</w>" for letter in letters]
+        vocabulary = [*letters, *ends, *("".join(pair) for pair in merges)]
+        self.ids = {piece: i for i, piece in enumerate(vocabulary)}
         self.bpe = functools.lru_cache(maxsize=10_000)(self.bpe)
 
     def bpe(self, word):
@@ -204,8 +205,8 @@ class Tokenizer:
 # with eps, the noise). GroupNorm has 1e-6 in the VAE and in front of each transformer, but 1e-5 in
 # the UNet's residual blocks; LayerNorm has 1e-5.
 #
-# Everything is computed in the weights' type, which may be float16. Its 11 bits are too few for
-# sums over thousands of numbers: means, variances and softmax are taken in float32.
+# Everything is computed in the type that section 7 is given, which may be float16. Its 11 bits are
+# too few for sums over thousands of numbers: means, variances and softmax are taken in float32.
 
 
 def linear(x, weight, bias=None):  # (..., c), (o, c), (o,) -> (..., o)
@@ -591,14 +592,14 @@ class UNet(nn.Module):
         self.norm_out = NormSilu(c1, groups, epsilon=1e-5)
         self.conv_out = Conv(c1, 4)
 
-    def time(self, x, t):
+    def time_vector(self, x, t):
         """-> (b, 4 c1), from which each Res takes what it needs to know of t."""
         t = mx.full((len(x),), t, mx.float32)  # the same for the whole batch
         return self.time2(silu(self.time1(time_features(t, self.c1).astype(x.dtype))))
 
     def __call__(self, x, t, context, control=None):
         """control: corrections that section 12 adds to what the way up will see."""
-        time, kept = self.time(x, t), []
+        time, kept = self.time_vector(x, t), []
         for row in self.down:
             x = run_row(row, x, time, context)
             kept.append(x)
@@ -632,8 +633,9 @@ def run_row(row, x, time, context):
 #
 # It is a variational autoencoder: the encoder answers with a mean and a variance for each number,
 # since in training the decoder was shown numbers drawn at random from there, so that it would not
-# depend on the last digit. Here the mean is enough. quant and post_quant are one more linear layer
-# on either side of the latents; the name comes from another kind of autoencoder.
+# depend on the last digit. The mean would do; section 8 draws, too, as diffusers does. quant and
+# post_quant are one more linear layer on either side of the latents; the name comes from another
+# kind of autoencoder.
 #
 # Outside these networks the latents are multiplied by a scale, 0.18215: 1 over the deviation that
 # the first of these encoders gave them, so that their variance is about 1, like the noise's.
@@ -730,9 +732,10 @@ class VAE(nn.Module):
 # the pictures that x might have been. So we go a small step in its direction, ask again, and
 # repeat: that is sampling.
 
-# BETAS[t] is the variance of the noise added at time t, growing evenly in its square root; 1 - it
-# is what that leaves of the signal's, and abar[t] the product of these up to t. float64, since up
-# to 1000 factors are multiplied. (modules/diffusionmodules/util.py:21)
+# Think of that noise as added in 1000 small steps. Step t adds noise of variance BETAS[t], and
+# keeps 1 - BETAS[t] of the variance that was there; the square root of BETAS grows evenly. What is
+# left of x0's variance after step t is the product of all factors so far, ABAR[t]. The line above
+# does these steps at once. (modules/diffusionmodules/util.py:21)
 BETAS = np.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=np.float64) ** 2
 ABAR = np.cumprod(1 - BETAS)
 
@@ -741,9 +744,10 @@ def make_timesteps(steps):
     """The timesteps of a run, largest first: make_timesteps(50) -> [981, 961, ..., 21, 1].
 
     Evenly spaced, exactly as many as asked for, and the last one is 1, as in the original. At most
-    999, for the first of a thousand would be 1000, beyond the table. With few steps the first is
-    far from 999, 501 for two. Pure noise has to pass for x there; at 981 nearly all of the variance
-    is noise and it does, at 501 only 73 %: one reason why very few steps paint badly.
+    999, for the first of a thousand would be 1000, beyond the table. The spacing is a whole number,
+    so the first may be far from 999: 501 for two steps, and also for 501. Pure noise has to pass
+    for x there; at 981 nearly all of the variance is noise and it does, at 501 only 73 %: one
+    reason why very few steps paint badly.
     """
     return [1000 // steps * i + 1 for i in reversed(range(steps))]
 
@@ -758,7 +762,7 @@ def eps_from_v(v, x, t):
 
 
 def ddim_step(x, eps, t, t_next):
-    """From x at t to x at t_next, believing that eps is the noise in it [3, eq. 12 with sigma = 0].
+    """From x at t to x at t_next, believing that eps is the noise in it [3, eq. 12, no new noise].
 
     Solve the line above for x0; then spoil that x0 again, with the same eps, but only as far as
     t_next says.
@@ -822,7 +826,8 @@ SPACINGS = {}  # samplers with timesteps of their own (section 10)
 
 
 # %% 7. Text to image ------------------------------------------------------------------------------
-# The parts put together as in the diagram at the top.
+# The parts put together as in the diagram at the top. From part III: section 17 builds the networks
+# and fills them from the file, 18 refuses what can't be done, 15 draws the noise.
 
 HERE = Path(globals().get("__file__", "sd.py")).resolve().parent  # notebooks have none
 TINY = HERE / "tiny" / "tiny.safetensors"
@@ -869,7 +874,7 @@ class StableDiffusion:
         mx.eval([network.parameters() for network in (self.text_encoder, self.unet, self.vae)])
 
     def contexts(self, sentences):
-        """-> (number of sentences, 77, width). (Section 13 has another, which reads brackets.)"""
+        """-> (number of sentences, 77, width). Section 13 puts one that reads brackets here."""
         return self.text_encoder(mx.array([self.tokenizer.encode(s) for s in sentences]))
 
     def guided(self, prompt, negative_prompt, n_images, cfg):
@@ -891,6 +896,7 @@ class StableDiffusion:
 
         def eps_at(x, t):
             both = mx.concatenate([x] * len(sentences)).astype(self.dtype)
+            # round: t is whole, but for one sampler of section 10.
             out = unet(both, round(t), context).astype(mx.float32)
             if cfg != 1:
                 uncond, text = mx.split(out, 2)
@@ -916,7 +922,7 @@ class StableDiffusion:
         normal = [RNGS[rng](seed + i) for i in range(n_images)]
 
         def draw():
-            """More noise. As (b, c, h, w), so that the numbers fall where PyTorch has them."""
+            """More noise (b, h, w, 4), drawn as (b, 4, h, w): PyTorch's numbers fall that way."""
             noise = [one((1, 4, height // 8, width // 8)) for one in normal]
             return mx.array(np.concatenate(noise).transpose(0, 2, 3, 1))
 
@@ -944,7 +950,7 @@ class StableDiffusion:
         return self.to_pictures(x)
 
     def to_pictures(self, x, batch=1):
-        """Latents (b, h, w, 4) -> list of PIL pictures, decoded one at a time to save memory.
+        """Latents (b, h, w, 4) -> list of PIL pictures, decoded a batch at a time to save memory.
 
         To 8 bits by rounding, as diffusers does; the original cuts off, half a level darker.
         """
@@ -960,9 +966,9 @@ class StableDiffusion:
 
 # ================================================================================= II. Variations
 
-# A variation of the way down is a function from sampler to sampler (variations in
-# generate_latents); one of the network stands in the UNet's place. So they can be combined, and
-# part I knows of none.
+# A variation of the sampling is a function from sampler to sampler, one of the weights a function
+# from weights to weights; one of the network stands in the UNet's place. So they can be combined,
+# and part I only has places for them: variations, SPACINGS, changes, control, channels.
 
 # %% 8. From a picture -----------------------------------------------------------------------------
 # Image to image: do not begin with pure noise, but with a picture that was spoiled only so far, and
@@ -983,8 +989,8 @@ def spoil(x0, noise, t):
 
 
 class FromPicture:
-    """picture: (h, w, 3) in [0, 1], h and w multiples of 64. As diffusers does, it is encoded with
-    noise, the first that is drawn; what spoils it is the second.
+    """picture: (8h, 8w, 3) in [0, 1], 8h and 8w multiples of 64. As diffusers does, it is encoded
+    with noise, the first that is drawn; what spoils it is the second.
     """
 
     def __init__(self, sd, picture, strength):
@@ -1046,7 +1052,10 @@ def load_picture(file, width=None, height=None, green_is_hole=False):
 
 
 def img2img(self, prompt, image, strength=0.75, width=None, height=None, **options):
-    """A sentence and a picture -> list of PIL pictures. Options: those of generate_latents."""
+    """A sentence and a picture -> list of PIL pictures. Options: those of generate_latents.
+
+    What is transparent or pure green in it gets the colours around (section 9).
+    """
     picture = find_mask(*load_picture(image, width, height, green_is_hole=True))[1]
     return paint_with(prompt, FromPicture(self, picture, strength), options)
 
@@ -1072,7 +1081,7 @@ StableDiffusion.img2img = img2img
 # pixels are pasted back, with a soft edge, since the VAE changes them a little.
 #
 # Models trained for inpainting see more: nine channels, the noisy latents, the mask, and the
-# latents of the picture with a grey hole. They need none of this. [1]
+# latents of the picture with a grey hole. Of this they need only the pasting. [1]
 
 
 class Inpainting(FromPicture):
@@ -1086,10 +1095,9 @@ class Inpainting(FromPicture):
                 "picture nowhere transparent or pure green."
             )
         self.mask = mask
-        small = Image.fromarray((mask * 255).astype(np.uint8))
-        small = small.resize((mask.shape[1] // 8, mask.shape[0] // 8), Image.BOX)
         # A place of the latents is painted if any of its 8 x 8 pixels is.
-        self.small = mx.array((np.asarray(small) > 0).astype(np.float32))[None, :, :, None]
+        h, w = mask.shape[0] // 8, mask.shape[1] // 8
+        self.small = mx.array(mask.reshape(h, 8, w, 8).max((1, 3)))[None, :, :, None]
         if sd.config["unet"].get("channels") == 9:
             self.sd, self.vary = copy.copy(sd), self.vary_nine
             if isinstance(sd.unet, Controlled):  # a ControlNet sees four channels
@@ -1145,7 +1153,8 @@ class Beside:
     """Stands in the place of a UNet of nine channels, and gives it the five that x lacks."""
 
     def __init__(self, unet):
-        self.unet, self.network = unet, getattr(unet, "network", unet)
+        self.unet = unet
+        self.network = getattr(unet, "network", unet)  # the one inside, for section 17's LowMemory
 
     def __call__(self, x, *rest):
         more = mx.concatenate([self.more] * (len(x) // len(self.more))).astype(x.dtype)
@@ -1192,6 +1201,7 @@ StableDiffusion.inpaint = inpaint
 # coordinates, those of Karras et al. [9]: y = x / sqrt(abar) = x0 + sigma eps, a clean picture with
 # noise of deviation sigma on it, from 14.6 down to 0. There the way is dy/dsigma = eps, and a DDIM
 # step is Euler's: y + (sigma_next - sigma) eps. These go down to sigma 0, where nothing is left in.
+# (hypot(1, sigma) is 1 / sqrt(abar).)
 
 
 def sigma_at(t):
@@ -1234,22 +1244,22 @@ def euler_ancestral(y, eps, i, sigmas, draw, old):
 
 def lms(y, eps, i, sigmas, draw, old):
     """Adams and Bashforth again, with the true distances between up to four sigmas: the integral,
-    over the coming step, of the polynomial through the known eps. (Crowson's, in k-diffusion)
+    over the coming step, of the polynomial through the known eps. It is a sum of Lagrange's, each
+    1 at one sigma and 0 at the others, times the eps there. (Crowson's, in k-diffusion)
     """
     old[:] = [eps, *old][:4]
     known = sigmas[i - len(old) + 1 : i + 1][::-1]  # where they were asked, newest first
     for j, e in enumerate(old):
         others = known[:j] + known[j + 1 :]
-        height = math.prod(known[j] - s for s in others)
-        area = np.polynomial.Polynomial.fromroots(others) if others else np.polynomial.Polynomial(1)
-        area = area.integ()
-        y = y + float(area(sigmas[i + 1]) - area(sigmas[i])) / height * e
+        scale = math.prod(known[j] - s for s in others)
+        area = np.poly1d(others, r=True).integ()  # r: these are its roots
+        y = y + float(area(sigmas[i + 1]) - area(sigmas[i])) / scale * e
     return y
 
 
 def dpm_2m(y, eps, i, sigmas, draw, old):
-    """DPM-Solver++(2M) [10]: follow x0, not eps, which changes less, in steps of log sigma. The old
-    x0 tells which way it goes. The last step, to sigma 0, is x0 itself.
+    """DPM-Solver++(2M) [10]: follow x0, which changes less than eps, in steps of log sigma. The
+    old x0 tells which way it goes. The last step, to sigma 0, is x0 itself.
     """
     now, then = sigmas[i], sigmas[i + 1]
     x0 = y - now * eps
@@ -1264,12 +1274,15 @@ def dpm_2m(y, eps, i, sigmas, draw, old):
 
 
 def sample_lcm(eps_at, x, timesteps, draw=None):
-    """For models distilled to say the clean picture at once [11]: believe x0, and spoil it anew."""
+    """For models distilled to say the clean picture at once [11]: believe x0, and spoil it anew.
+
+    They were trained with d^2 / (s^2 + d^2) x + s / sqrt(s^2 + d^2) x0 for the answer, s = 10 t and
+    d = 0.5, so that at t = 0 it is x itself. At these t it is nearly x0.
+    """
     for t, t_next in itertools.pairwise([*timesteps, None]):
-        abar, far = ABAR[t], 10 * t
+        abar, s, d = ABAR[t], 10 * t, 0.5
         x0 = (x - math.sqrt(1 - abar) * eps_at(x, t)) / math.sqrt(abar)
-        # At t = 0 the picture is x itself; the model learned only the rest.
-        x = far / math.hypot(far, 0.5) * x0 + 0.25 / (far**2 + 0.25) * x
+        x = s / math.hypot(s, d) * x0 + d**2 / (s**2 + d**2) * x
         if t_next is not None:
             x = spoil(x, draw(), t_next)
         yield x
@@ -1310,9 +1323,9 @@ SPACINGS |= {"dpm++-karras": karras_timesteps, "lcm": lcm_timesteps}
 #
 #     W + strength up @ down        up (o, r), down (r, c), with a rank r of 4 to 128
 #
-# So a style or a face is a file of some megabytes. A convolution's window counts as more of c; and
-# some have a small one in the middle, from r channels to r. convert_weights.py has put the file's
-# own factor, alpha / r, into up.
+# So a style or a face is a file of some megabytes. A convolution's down is (r, k, k, c), read as
+# (r, k k c); some split it in two, a 1 x 1 down (m, c) and then a 3 x 3 in the middle (r, 3, 3, m).
+# convert_weights.py has put the file's own factor, alpha / r, into up.
 #
 # Textual inversion [14] leaves the model alone and learns vectors that the text model is given in
 # place of a token's: a word for what no word says. They are put behind its table of vectors.
@@ -1331,7 +1344,7 @@ def lora(path, strength=1.0):
                 raise ValueError(f"{path} is damaged: {name} has not both, up and down. {AGAIN}")
             up, down = up.astype(mx.float32), down.astype(mx.float32)
             try:
-                if middle is not None:  # (n, 3, 3, m), between them
+                if middle is not None:  # (r, 3, 3, m)
                     middle = middle.astype(mx.float32)
                     down = (middle.reshape(-1, len(down)) @ down).reshape(len(middle), -1)
                 product = up @ down.reshape(len(down), -1)
@@ -1423,7 +1436,7 @@ class ControlNet(UNet):
         return self.picture[-1](picture)
 
     def __call__(self, x, t, context, seen):
-        time, kept = self.time(x, t), []
+        time, kept = self.time_vector(x, t), []
         for row in self.down:
             x = run_row(row, x, time, context)
             if not kept:
@@ -1447,7 +1460,7 @@ class Controlled:
 
     def __init__(self, unet, controls):
         self.unet, self.controls = unet, controls
-        self.network = getattr(unet, "network", unet)
+        self.network = getattr(unet, "network", unet)  # as in Beside
 
     def __call__(self, x, t, context):
         each = [[w * y for y in net(x, t, context, seen)] for net, seen, w in self.controls]
@@ -1488,8 +1501,15 @@ StableDiffusion.controlled = controlled
 # program does it, for which most of these prompts were written.
 
 PROMPT_MARKS = regex.compile(
-    r"\\[()\[\]\\]|[()\[\]]|:\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*\)|\s*\bBREAK\b\s*|[^\\()\[\]:]"
-    r"(?:(?!\s*\bBREAK\b)[^\\()\[\]:])*|[\\:]"
+    r"""
+      \\ [()\[\]\\]                                        # a bracket that is meant, or a \
+    | [()\[\]]                                            # one that weighs
+    | : \s* [+-]? (?: \d+\.?\d* | \.\d+ ) \s* \)           # :1.3)
+    | \s* \b BREAK \b \s*
+    | [^\\()\[\]:] (?: (?!\s*\bBREAK\b) [^\\()\[\]:] )*   # text, as far as none of these begins
+    | [\\:]                                               # one that means nothing here
+    """,
+    regex.VERBOSE,
 )
 
 
@@ -1880,7 +1900,8 @@ LITTLE = 1 << 23  # products of two numbers; to wake the other cores takes longe
 
 
 def share(f, *jobs, work):
-    """f(job) for each combination of jobs, on all cores. work: how many products, roughly.
+    """f(job) for each combination of jobs, on all cores. work: how many products, roughly; to go
+    over an array once counts as 16 a number.
 
     Little work is done here and now, and OpenBLAS may use what threads it likes. The miniature's
     25 steps took 3.4 s on two cores, and take 1.9 s so.
@@ -1911,7 +1932,9 @@ def cut(n, size):
 
 
 def blocks(n, o, c):
-    """(n, o) cut into columns and rows of blocks: narrower ones where there are few rows."""
+    """(n, o) cut into columns and rows of blocks: narrower ones where there are few rows, so that
+    each core gets some, and so that a block's weights, c for each column, take at most 4 MB.
+    """
     rows = cut(n, 512)
     pieces = -(-2 * cores() // len(rows))
     return cut(o, min(max(-(-o // pieces), 64), 640, max(64, 2**20 // c))), rows
@@ -1998,7 +2021,7 @@ def cpu_geglu(x, weight, bias):
 
 def cpu_conv2d(x, weight, bias, stride=1, padding=1):
     b, h, w, c = x.shape
-    tile = 4 if b * h * w >= 1024 else 2
+    tile = 4 if b * h * w >= 1024 else 2  # at 2 x 16 x 16 places 4 is no faster, and less exact
     fits = h % tile == 0 and w % tile == 0 and b * h * w >= 256 and c >= 16
     if stride == 1 and padding == 1 and weight.shape[1] == 3 and fits:
         y = conv_winograd(view(x), raw(weight), view(bias), tile)
@@ -2046,6 +2069,13 @@ WINOGRAD = {
 
 
 def conv_winograd(x, weight, bias, tile):  # (b, h, w, c), (o, 3, 3, c) -> (b, h, w, o)
+    """For each tile of the output, with numbers in a row where they lie in a square:
+
+        v = forth window      (side^2, c)       u = weigh filter      (side^2, c) for each of o
+        m[i] = u[i] v[i]      (side^2, o)       tile = back m         (tile^2, o)
+
+    A band of tiles at a time: v of all its tiles, shared by rows; then the rest, by columns of o.
+    """
     forth, weigh, back = WINOGRAD[tile]
     b, h, w, c = x.shape
     o, side = len(weight), tile + 2  # windows of side x side make tiles of tile x tile
@@ -2173,7 +2203,7 @@ def twins(f, count=1):
     """f, computed once where both halves of the batch are the same in its first arguments.
 
     With guidance that is so until the UNet's first cross-attention, which is the first to see the
-    sentence: one of five self-attentions at full size among them, and two convolutions.
+    sentence: one of five self-attentions at full size among them, and three convolutions.
     """
 
     def same(x):
@@ -2637,7 +2667,7 @@ def read_parameters(path):
                 options[option] = kind(value)
     except ValueError as error:
         raise ValueError(f"--from-png {path}: its parameters can't be read ({error}).") from None
-    if "image" not in options:  # of a step that only the other program took
+    if "image" not in options:  # AUTOMATIC1111's, for a step that enlarges ("hires fix")
         options.pop("strength", None)
     return options
 
@@ -2955,10 +2985,7 @@ def main(argv=None):
                 show_tokens(sd, prompt)
             return
         way = way_of(sd, args)
-        sd = with_controls(way.sd if way else sd, args)
-        if way:
-            way.sd = sd
-        paint(sd, args, way, prompts)
+        paint(with_controls(way.sd if way else sd, args), args, way, prompts)
     except (ValueError, OSError) as error:
         stop(error)
     except MemoryError:
