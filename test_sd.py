@@ -77,7 +77,7 @@ WIDTH = 40  # of the miniature's context
 
 def assert_close(ours, truth, most, what=""):
     """The largest difference, relative to the largest number, is at most `most`."""
-    ours, truth = np.array(ours).astype(np.float64), np.array(truth).astype(np.float64)
+    ours, truth = np.asarray(ours, np.float64), np.asarray(truth, np.float64)
     assert ours.shape == truth.shape, f"{what}: {ours.shape} for {truth.shape}"
     error = np.abs(ours - truth).max() / np.abs(truth).max()
     worst = np.argsort(-np.abs(ours - truth).ravel())[:5]
