@@ -723,7 +723,7 @@ def fetch(name, log):
             wanted += hub_weights(there, part)
         log(f"fetching {len(wanted)} files of {name} from the Hugging Face hub")
         return Path(hub.snapshot_download(name, allow_patterns=wanted))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001  what the network's library raises differs by version
         why = shown(str(error).strip().split("\n")[0], 200)
         raise ConversionError(f"{name} can't be fetched from the Hugging Face hub: {why}") from None
 

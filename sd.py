@@ -1010,7 +1010,8 @@ class FromPicture:
         count = int(self.strength * len(timesteps))
         if count == 0:
             raise ValueError(
-                f"strength {self.strength} of {len(timesteps)} steps is none. Take more of either."
+                f"strength {self.strength} and steps {len(timesteps)} can't be: together they make "
+                "less than one step. Take more of either."
             )
         return timesteps[-count:]
 
@@ -1045,7 +1046,8 @@ def load_picture(file, width=None, height=None, green_is_hole=False):
     near = [max(64, round(n / 64) * 64) for n in image.size]
     size = (width or near[0], height or near[1])
     if size != image.size:
-        print("resized {} x {} to {} x {}".format(*image.size, *size), file=sys.stderr)
+        name = Path(file).name if isinstance(file, (str, Path)) else "the picture"
+        print("{}: resized {} x {} to {} x {}".format(name, *image.size, *size), file=sys.stderr)
         image = image.resize(size, Image.LANCZOS)
     pixels = np.asarray(image, np.float32) / 255
     return pixels[..., :3], pixels[..., 3]
@@ -1390,7 +1392,8 @@ def clip_skip(count):
     def change(config, weights):
         left = config["text"]["layers"] - (count - 1)
         if count < 1 or left < 1:
-            raise ValueError(f"clip_skip {count} can't be: 1 for all layers, 2 for one less ...")
+            most = config["text"]["layers"]
+            raise ValueError(f"clip_skip {count} can't be: 1 for all layers, at most {most}.")
         gone = tuple(f"text_encoder.layers.{i}." for i in range(left, left + count - 1))
         kept = {name: w for name, w in weights.items() if not name.startswith(gone)}
         return config | {"text": config["text"] | {"layers": left}}, kept
@@ -2324,7 +2327,9 @@ def read_flat(path, kind="model"):
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"no {kind} at {path}. Give a file made by convert_weights.py.")
+        raise ValueError(
+            f"no {kind} at {path}. Give one that is there, or make it with convert_weights.py."
+        )
     try:
         # MLX trusts what the header says about sizes; safetensors checks it. So that goes first.
         with safe_open(path, framework="numpy") as file:
@@ -2608,7 +2613,12 @@ def check_output(path):
         raise ValueError(f"--output {path}: the one kind of file that is written is NAME.png.")
     if not path.parent.is_dir():
         raise ValueError(f"--output {path}: there is no folder {path.parent}. Make it first.")
-    tempfile.TemporaryFile(dir=path.parent).close()  # OSError if the folder can't be written
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise ValueError(
+            f"--output {path}: its folder can't be written ({error.strerror})."
+        ) from None
     if len(os.fsencode(path.name)) > 220:  # systems allow 255, and numbers may have to go in
         raise ValueError(f"--output {path}: the name is too long.")
 
@@ -2986,6 +2996,8 @@ def main(argv=None):
             return
         way = way_of(sd, args)
         paint(with_controls(way.sd if way else sd, args), args, way, prompts)
+    except FileNotFoundError as error:
+        stop(f"there is no file {error.filename}. Is the name right?")
     except (ValueError, OSError) as error:
         stop(error)
     except MemoryError:

@@ -2179,6 +2179,10 @@ RED_HOUSE = str(HERE / "tiny" / "red-house.png")
         (["--output", "picture.jpg"], ["picture.jpg", ".png"]),
         (["--output", ""], [".png"]),
         (["--output", ".png"], [".png"]),
+        (["--output", "/proc/a.png"], ["--output /proc/a.png"]),
+        (["--image", "nowhere.png"], ["no file nowhere.png"]),
+        (["--clip-skip", "9"], ["9", "at most 4"]),
+        (["--image", RED_HOUSE, "--steps", "1"], ["strength 0.75", "steps 1"]),
         (["--output", "x" * 250 + ".png"], ["too long"]),
         (["--output", "x" * 300 + "/a.png"], ["xxx"]),
         (["--width", "6400000", "--height", "6400000"], ["memory"]),
@@ -2491,6 +2495,21 @@ def test_the_miniature_is_trained_from_nothing_to_a_picture(tmp_path):
     assert abs(deviation - 1) < 0.02  # as Stable Diffusion's latents are, after x 0.18215
     with pytest.raises(SystemExit, match="try another --folder"):
         train.main([*few, "--vae-steps", "2"])
+
+
+def test_the_miniature_s_scripts_refuse_what_they_can_not_do(tmp_path, capsys):
+    for main, options, says in (
+        (world.main, [], "file"),
+        (evaluate.main, ["--number", "0"], "--number 0"),
+        (evaluate.main, ["--model", "nowhere.safetensors"], "nowhere.safetensors"),
+        (judge.main, ["--fodler", "x"], "--fodler"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(options)
+        assert stop.value.code == 2 and says in capsys.readouterr().err
+    world.main([str(tmp_path / "look.png")])
+    assert Image.open(tmp_path / "look.png").size == (8 * 128, 6 * 128)
+    assert len(capsys.readouterr().out.splitlines()) == 48
 
 
 def test_the_judge_finds_what_was_drawn_where_its_answers_are_perfect():
@@ -3239,6 +3258,17 @@ def test_a_name_on_the_hub_is_fetched_and_converted(hub, flat, tmp_path):
     done = converted("org/other")
     assert done.returncode == 2 and "org/other can't be fetched" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_hub_that_can_not_be_reached_gets_one_message(capsys, tmp_path, monkeypatch):
+    class OfItsOwn(Exception):
+        """httpx's errors are no OSErrors."""
+
+    def fails(name):
+        raise OfItsOwn("Name or service not known\nand more")
+
+    monkeypatch.setattr("huggingface_hub.list_repo_files", fails)
+    refused(capsys, "org/name", "org/name can't be fetched", "not known")
 
 
 def test_without_the_hubs_package_it_says_what_to_fetch(capsys, tmp_path, monkeypatch):

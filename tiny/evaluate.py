@@ -125,9 +125,18 @@ def main(argv=None):
     p.add_argument("--number", type=int, default=1000, metavar="N", help="pictures (default: 1000)")
     p.add_argument("--steps", type=int, default=25, metavar="N", help="(default: 25)")
     p.add_argument("--cfg", type=float, metavar="S", help="guidance (default: the model's)")
-    p.add_argument("--folder", type=Path, default=HERE / "run", help="where the judge is kept")
+    p.add_argument(
+        "--folder",
+        type=Path,
+        default=HERE / "run",
+        help="where the judge is kept; it is trained first where there is none",
+    )
     p.add_argument("--errors", action="store_true", help="print what was wrong")
     args = p.parse_args(argv)
+    if args.number < 2:
+        p.error(f"--number {args.number} can't be: at least 2.")
+    if not args.model.is_file():
+        p.error(f"--model {args.model}: there is no such file.")
     looks = judge.load(args.folder)
     rng = random.Random(1)
     scenes, functions, options = zip(*(TASKS[args.task](rng, i) for i in range(args.number)))

@@ -1,7 +1,7 @@
 """A judge of pictures that is not the model: it has seen drawn pictures only.
 
     pip install -e '.[test]'
-    python tiny/judge.py                  trains it, some ten minutes on two cores, and tests it
+    python tiny/judge.py       trains it, if there is none, in ten minutes on two cores; tests it
 
 A small convolutional network. In each of 16 x 16 places it says which of the 16 things has its
 middle there, or none, and which colour that has; it learns this from where world.py has drawn them.
@@ -9,6 +9,7 @@ The ground and the time it reads off two averages, over the upper and the lower 
 is right about drawn pictures can be measured; about painted ones it can't.
 """
 
+import argparse
 import math
 import multiprocessing
 import random
@@ -169,7 +170,14 @@ def accuracy(judge, count=2000):
     return {n: np.mean([m for k, m in marks if k == n], axis=0) for n in (1, 2, 3)}
 
 
-if __name__ == "__main__":
-    for n, parts in accuracy(load(HERE / "run")).items():
+def main(argv=None):
+    p = argparse.ArgumentParser(description="Train the judge, and test it on drawn pictures.")
+    p.add_argument("--folder", type=Path, default=HERE / "run",
+                   help="where it is kept (default: tiny/run)")  # fmt: skip
+    for n, parts in accuracy(load(p.parse_args(argv).folder)).items():
         shares = zip(("things", "things and colours", "ground", "time"), parts)
         print(f"{n} in the picture: ", ", ".join(f"{name} {share:.2%}" for name, share in shares))
+
+
+if __name__ == "__main__":
+    main()

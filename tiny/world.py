@@ -7,9 +7,9 @@ picture, `sentence` one of the many ways to say it. An eighth of all (thing, col
 is `held_out`: never drawn for training, so that it can be asked for afterwards (evaluate.py).
 """
 
+import argparse
 import math
 import random
-import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -443,12 +443,15 @@ def sentence(rng, scene):
     return " ".join(text.split()).strip(" ,")
 
 
-def main():
+def main(argv=None):
+    p = argparse.ArgumentParser(description="Draw 48 scenes, and print a sentence for each.")
+    p.add_argument("file", help="a .png for the drawings")
+    args = p.parse_args(argv)
     rng = random.Random(0)
     scenes = [random_scene(rng) for _ in range(48)]
     sheet = np.stack([np.asarray(draw(scene, i)) for i, scene in enumerate(scenes)])
     sheet = sheet.reshape(6, 8, SIZE, SIZE, 3).swapaxes(1, 2).reshape(6 * SIZE, 8 * SIZE, 3)
-    Image.fromarray(sheet).save(sys.argv[1])
+    Image.fromarray(sheet).save(args.file, format="PNG")
     for scene in scenes:
         print(sentence(rng, scene))
 
