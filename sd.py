@@ -734,8 +734,9 @@ class VAE(nn.Module):
 
 # Think of that noise as added in 1000 small steps. Step t adds noise of variance BETAS[t], and
 # keeps 1 - BETAS[t] of the variance that was there; the square root of BETAS grows evenly. What is
-# left of x0's variance after step t is the product of all factors so far, ABAR[t]. The line above
-# does these steps at once. (modules/diffusionmodules/util.py:21)
+# left of x0's variance after step t is the product of all factors so far, ABAR[t]; in float64, for
+# there are up to 1000. The line above does these steps at once.
+# (modules/diffusionmodules/util.py:21)
 BETAS = np.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=np.float64) ** 2
 ABAR = np.cumprod(1 - BETAS)
 
@@ -2659,6 +2660,8 @@ def read_parameters(path):
     try:
         with Image.open(path) as image:
             text = image.info.get("parameters")
+    except FileNotFoundError:
+        raise
     except DAMAGED as error:
         raise ValueError(f"--from-png {path}: {error}") from None
     if not isinstance(text, str) or "\nSteps: " not in text:
@@ -2769,8 +2772,9 @@ def way_of(sd, args):
     mask, picture = find_mask(picture, opaque, args.mask)
     if args.mask or mask.mean() > 0.005:  # not for a few green or transparent pixels
         args.strength = 1.0 if args.strength is None else args.strength
+        way = Inpainting(sd, picture, mask, args.strength)
         print(f"painting {mask.mean():.0%} of {args.image.name}", file=sys.stderr)
-        return Inpainting(sd, picture, mask, args.strength)
+        return way
     if nine:
         raise ValueError(f"{args.model} paints into pictures only: say where, with --mask.")
     args.strength = 0.75 if args.strength is None else args.strength

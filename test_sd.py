@@ -2212,7 +2212,7 @@ RED_HOUSE = str(HERE / "tiny" / "red-house.png")
         (["--prompts", os.devnull], ["empty"]),
         (["--prompts", RED_HOUSE], ["red-house.png"]),
         (["--prompts", "a.txt", "--prompt", "b"], ["--prompts"]),
-        (["--from-png", "nowhere.png"], ["nowhere.png"]),
+        (["--from-png", "nowhere.png"], ["no file nowhere.png"]),
         (["--from-png", str(HERE / "sd.py")], ["sd.py"]),
         (["--from-png", str(HERE / "tiny" / "twelve.png")], ["twelve.png"]),
         (["--sampler", "lcm", "--steps", "51"], ["lcm", "50"]),
@@ -2502,7 +2502,12 @@ def test_the_miniature_s_scripts_refuse_what_they_can_not_do(tmp_path, capsys):
         (world.main, [], "file"),
         (evaluate.main, ["--number", "0"], "--number 0"),
         (evaluate.main, ["--model", "nowhere.safetensors"], "nowhere.safetensors"),
-        (judge.main, ["--fodler", "x"], "--fodler"),
+        (evaluate.main, ["--number", "2", "--steps", "0"], "steps 0"),
+        (evaluate.main, ["--folder", RED_HOUSE], "red-house.png"),
+        (judge.main, ["--folder", RED_HOUSE], "red-house.png"),
+        (train.main, ["--folder", RED_HOUSE], "red-house.png"),
+        (train.main, ["--folder", str(tmp_path), "--pictures", "0"], "--pictures 0"),
+        (world.main, [str(tmp_path / "nowhere" / "look.png")], "nowhere"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(options)

@@ -127,17 +127,14 @@ def main(argv=None):
     p.add_argument("--cfg", type=float, metavar="S", help="guidance (default: the model's)")
     p.add_argument(
         "--folder",
-        type=Path,
-        default=HERE / "run",
+        type=world.folder,
+        default=str(HERE / "run"),
         help="where the judge is kept; it is trained first where there is none",
     )
     p.add_argument("--errors", action="store_true", help="print what was wrong")
     args = p.parse_args(argv)
     if args.number < 2:
         p.error(f"--number {args.number} can't be: at least 2.")
-    if not args.model.is_file():
-        p.error(f"--model {args.model}: there is no such file.")
-    looks = judge.load(args.folder)
     rng = random.Random(1)
     scenes, functions, options = zip(*(TASKS[args.task](rng, i) for i in range(args.number)))
     more = {"steps": args.steps, "cfg": args.cfg}
@@ -148,11 +145,14 @@ def main(argv=None):
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # one process on each core
     pictures = []
     with multiprocessing.get_context("spawn").Pool() as pool:
-        for picture in pool.imap(paint, jobs, chunksize=4):
-            pictures.append(picture)
-            if len(pictures) % 100 == 0:
-                print(f"{len(pictures)} of {args.number}", file=sys.stderr, flush=True)
-    seen = judge.read(looks, np.stack(pictures))
+        try:
+            for picture in pool.imap(paint, jobs, chunksize=4):
+                pictures.append(picture)
+                if len(pictures) % 100 == 0:
+                    print(f"{len(pictures)} of {args.number}", file=sys.stderr, flush=True)
+        except ValueError as error:  # sd.py's, of the model or an option
+            p.error(error)
+    seen = judge.read(judge.load(args.folder), np.stack(pictures))
     prompts = [given["prompt"] for given in options]
     if args.task == "negative":
         for i, said in enumerate(("without", "with")):

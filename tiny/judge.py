@@ -152,7 +152,6 @@ def learn(pool, path):
 def load(folder):
     """The judge of these pictures, trained first where there is none."""
     path = folder / f"judge_{train.mark()}.pt"
-    folder.mkdir(exist_ok=True, parents=True)
     if not path.exists():
         with multiprocessing.get_context("spawn").Pool() as pool:
             learn(pool, path)
@@ -172,7 +171,7 @@ def accuracy(judge, count=2000):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description="Train the judge, and test it on drawn pictures.")
-    p.add_argument("--folder", type=Path, default=HERE / "run",
+    p.add_argument("--folder", type=world.folder, default=str(HERE / "run"),
                    help="where it is kept (default: tiny/run)")  # fmt: skip
     for n, parts in accuracy(load(p.parse_args(argv).folder)).items():
         shares = zip(("things", "things and colours", "ground", "time"), parts)

@@ -512,7 +512,7 @@ def original_names(vae, unet, text):
 def main(argv=None):
     p = argparse.ArgumentParser(description="Train the miniature on pictures that world.py draws.")
     # fmt: off
-    p.add_argument("--folder", type=Path, default=HERE / "run",
+    p.add_argument("--folder", type=world.folder, default=str(HERE / "run"),
                    help="where all of it is kept (default: tiny/run)")
     p.add_argument("--pictures", type=int, default=40000, metavar="N",
                    help="how many the UNet learns from (default: 40000)")
@@ -526,7 +526,8 @@ def main(argv=None):
                    help="steps of 32 pictures (default: 22000)")
     # fmt: on
     args = p.parse_args(argv)
-    args.folder.mkdir(exist_ok=True, parents=True)
+    if args.pictures < 1:
+        p.error(f"--pictures {args.pictures} can't be: at least 1.")
     made = {"world": mark(), "pictures": args.pictures, "vae_steps": args.vae_steps}
     note = args.folder / "made.json"
     if note.exists() and json.loads(note.read_text()) != made:

@@ -11,6 +11,7 @@ import argparse
 import math
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -443,6 +444,15 @@ def sentence(rng, scene):
     return " ".join(text.split()).strip(" ,")
 
 
+def folder(path):
+    """For argparse: the folder of that name, made if it is not there."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path} can't be used: {error.strerror}") from None
+    return Path(path)
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description="Draw 48 scenes, and print a sentence for each.")
     p.add_argument("file", help="a .png for the drawings")
@@ -451,7 +461,10 @@ def main(argv=None):
     scenes = [random_scene(rng) for _ in range(48)]
     sheet = np.stack([np.asarray(draw(scene, i)) for i, scene in enumerate(scenes)])
     sheet = sheet.reshape(6, 8, SIZE, SIZE, 3).swapaxes(1, 2).reshape(6 * SIZE, 8 * SIZE, 3)
-    Image.fromarray(sheet).save(args.file, format="PNG")
+    try:
+        Image.fromarray(sheet).save(args.file, format="PNG")
+    except OSError as error:
+        p.error(f"{args.file} can't be written: {error.strerror}")
     for scene in scenes:
         print(sentence(rng, scene))
 
