@@ -2,54 +2,55 @@
 
     python sd.py --prompt "a red house on the grass at sunset" --seed 42
 
-What the networks know is in a file of weights: by default that of a miniature, which lies in tiny/
-beside this file; with --model that of Stable Diffusion 1.x or 2.x. They are the same code with
-other numbers; sizes below are those of 1.x for a picture of 512 x 512.
+The networks below are empty until a file of weights fills them: by default that of a miniature,
+trained on drawn scenes, in tiny/ beside this file; with --model that of Stable Diffusion 1.x or
+2.x. The code is the same. Sizes in comments are those of 1.x for a 512 x 512 picture.
 
     "a red house ..."                          noise x (b, 64, 64, 4)
           |                                       |
-          |  1 tokenizer                          v
-          v                              +---> 4 UNet: what is the noise in x?  <---+
+          |  2 tokenizer                          v
+          v                              +---> 5 UNet: what is the noise in x?  <---+
     77 token ids                         |        |                                 |
           |                              |        |  eps (b, 64, 64, 4)             |
-          |  3 CLIP                      |        v                                 |
-          v                              |     6 PLMS: take some of it away         | x, t
+          |  4 CLIP                      |        v                                 |
+          v                              |     7 PLMS: take some of it away         | x, t
     context (b, 77, 768) ----------------+        |                                 |
-                                                  +------ 50 times -----------------+
+                                                  +-- 50 steps, 51 calls with PLMS -+
                                                   |
-    picture (b, 512, 512, 3) <--- 5 VAE decoder <-+
+    picture (b, 512, 512, 3) <--- 6 VAE decoder <-+
 
-Beside Python's own modules it imports MLX, NumPy, safetensors, regex and Pillow. Not here:
-training, and other people's file formats. convert_weights.py reads those once and writes a flat
-file, so that this file knows one set of names and one layout.
+Part I is Stable Diffusion; part II can be read in any order. What is written is what runs, with two
+exceptions where sd_more/ is there: a line in section 9 exchanges leaf layers for faster ones of the
+same meaning (fast=False does not), and its app.py runs in the place of section 14. Not here:
+training, but for what section 1 says of it, and other programs' files (convert_weights.py).
 
-Letters, the same throughout part I (but a layer's own x, h and w are those of its input):
-    b        pictures in the batch; inside the UNet twice that, without and with the prompt
+Letters, the same throughout part I (inside a layer h, w and c are those of its own input):
+    t        the timestep, 0 to 999: how much noise was added, nearly none to nearly nothing else
+    x        the latents at time t, which the UNet sees.  x0: the clean ones
+    eps      the noise in x, of variance 1, and what the UNet answers for it
+    abar     "alpha bar", the share of the clean signal's variance left at t: 0.99915 to 0.0047
+    sigma    sqrt((1 - abar) / abar), the ratio of noise to signal: 0.03 to 14.6
+    context  what the text model says of the prompt, a vector for each of 77 tokens
+    b        pictures in the batch
     h, w     height and width of the latents, 1/8 of the picture's: 64, 64
-    c, o     channels: the numbers at one place; those that come out of a layer
-    n, m     vectors that look, vectors that are looked at, in attention: h*w places or 77 tokens
-    q, k, v  what each of them asks, offers and gives there; d: the channels of one head of it
-    t        the timestep: 999 is nearly all noise, 0 nearly none
-    abar     "alpha bar", the share of the signal's variance left at t: 0.9991 at 0, 0.0047 at 999
-    x        the latents at time t.  x0: the clean ones.  eps: the noise in x, of variance 1
-    cfg      classifier-free guidance: how far to go from eps without the prompt to eps with it
+    c, o     channels: the numbers at one position; those that come out of a layer
+    q, k, v  attention's queries, keys and values.  n, m: how many queries; how many keys and values
+    d        the channels of one attention head
+    cfg      classifier-free guidance: at 1 the prompt's own answer counts, above 1 more than that
 
-How to read: part I, sections 1 to 7, is Stable Diffusion; stop there and you have seen all of it.
-Part II's sections can be read in any order. Part III holds no diffusion.
-
-I    1 Tokenizer   2 Layers   3 CLIP   4 UNet   5 VAE   6 Schedule, DDIM, PLMS   7 Text to image
-II   8 From a picture   9 Inpainting   10 More samplers   11 LoRA, new words, fewer layers
-     12 ControlNet   13 Prompts   14 Safety checker
-III  15 Random numbers   16 The same, faster   17 Files, and less memory   18 Command line
+I    1 The idea  2 Tokenizer  3 Layers  4 CLIP  5 UNet  6 VAE  7 DDIM and PLMS  8 Text to image
+     9 Flat files, PyTorch's noise  (the ground that this stands on)
+II   10 Image to image, inpainting   11 More samplers   12 LoRA, clip skip   13 ControlNet
+III  14 Command line
 
 [1] Rombach et al. 2022, arXiv 2112.10752 (latent diffusion)  [2] Ho et al. 2020, 2006.11239 (DDPM)
-[3] Song et al. 2021, 2010.02502 (DDIM)                       [4] Liu et al. 2022, 2202.09778 (PLMS)
-[5] Radford et al. 2021, 2103.00020 (CLIP)                    [6] Ho et al. 2022, 2207.12598 (cfg)
-[7] Salimans, Ho 2022, 2202.00512 (v-prediction)              [8] Meng et al. 2021, 2108.01073
-[9] Karras et al. 2022, 2206.00364                           [10] Lu et al. 2022, 2211.01095
-[11] Luo et al. 2023, 2310.04378 (LCM)                       [12] Hu et al. 2021, 2106.09685 (LoRA)
-[13] Zhang et al. 2023, 2302.05543 (ControlNet)              [14] Gal et al. 2022, 2208.01618
-In brackets behind a class: where the original has it, in CompVis' stable-diffusion under ldm/.
+[3] Song et al. 2021, 2010.02502 (DDIM)      [4] Liu et al. 2022, 2202.09778 (PLMS)
+[5] Radford et al. 2021, 2103.00020 (CLIP)   [6] Ho, Salimans 2022, 2207.12598 (guidance)
+[7] Salimans, Ho 2022, 2202.00512 (v)        [8] Meng et al. 2021, 2108.01073 (image to image)
+[9] Karras et al. 2022, 2206.00364           [10] Lu et al. 2022, 2211.01095 (DPM-Solver++)
+[11] Zhang et al. 2023, 2302.05543            [12] Hu et al. 2021, 2106.09685 (LoRA)
+[13] Lin et al. 2023, 2305.08891              [14] Song et al. 2021, 2011.13456 (score)
+File names in parentheses: CompVis/stable-diffusion on GitHub at 21f890f, mostly under ldm/.
 """
 # /// script
 # requires-python = ">=3.11"
@@ -64,84 +65,184 @@ In brackets behind a class: where the original has it, in CompVis' stable-diffus
 # ///
 
 import argparse
-import copy
-import ctypes
+import contextlib
 import functools
+import importlib.util
 import itertools
 import json
 import math
 import os
-import shlex
 import sys
 import tempfile
-import threading
-import time
 import unicodedata
-from concurrent.futures import ThreadPoolExecutor
+from collections import namedtuple
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
-import mlx.core as mx  # arrays, on a GPU where there is one
-import numpy as np  # the noise, and the fast paths on a CPU
+import mlx.core as mx  # arrays, on the GPU where MLX has one
+import numpy as np  # the noise, and matrix products on a CPU
 import regex  # like re, but knows which characters of the world are letters: \p{L}
-from mlx import nn  # Module: a tree of arrays that knows their names; no layer of it is used
-from mlx.utils import tree_flatten, tree_map
-from PIL import Image, ImageOps, PngImagePlugin  # pictures as files
+from mlx import nn  # only its Module, a tree of arrays that knows their names; none of its layers
+from mlx.utils import tree_flatten
+from PIL import Image, ImageOps  # pictures as files
 from safetensors import SafetensorError, safe_open  # checks a file's header before MLX reads it
+
+# Where this file is, and the miniature. A notebook's cell is no file: there, the working folder.
+SOURCE = Path((lambda: None).__code__.co_filename).resolve()
+HERE = SOURCE.parent if SOURCE.is_file() else Path.cwd()
+PLACES = [HERE / folder / "tiny.safetensors" for folder in ("tiny", "sd_tiny")]  # pip's is the last
+TINY = next((path for path in PLACES if path.is_file()), PLACES[0])
+
+
+class SDError(ValueError):
+    """What the user can fix. The text is the whole message: what, which value, what to do now."""
+
 
 # =================================================================================== I. The picture
 
-# %% 1. Tokenizer ----------------------------------------------------------------------------------
-# Cuts a sentence into pieces the text model has a vector for, and numbers them.
+# %% 1. The idea -----------------------------------------------------------------------------------
+# Add a little noise to a picture, a thousand times over, until only noise is left. That needs no
+# network. But a network that tells what in a picture is noise can go the other way: take a little
+# of it away, ask again, and arrive at a picture nobody has seen. This is diffusion [2].
+#
+# Here the picture is a small array of numbers, its latents x0 (section 6). All steps up to t can be
+# done at once, with normal random numbers eps. This is the forward process [2, eq. 4]:
+#
+#     x = sqrt(abar) x0 + sqrt(1 - abar) eps
+#
+# abar falls from nearly 1 at t = 0 to nearly 0 at t = 999. The squares of the two factors sum to 1,
+# so x keeps variance 1 if x0 has it. Training (of the UNet; CLIP and the VAE were trained before,
+# and stay as they are) asks for the noise in such mixtures [2, eq. 14]:
+#
+#     repeat:  x0, text = the latents of a picture; its caption, or "" one time in ten (section 8)
+#              t, eps   = a random timestep, random normal numbers
+#              x        = sqrt(abar(t)) x0 + sqrt(1 - abar(t)) eps
+#              loss     = mean of (unet(x, t, text) - eps)^2      (models/diffusion/ddpm.py:1012)
+#              change the weights a little so that the loss falls (averages of them are published)
+#
+# Many pictures, each with its own noise, could have made the same x, some likelier than others.
+# The answer of least squared error is the mean of them all: at a large t, the x0 that follows from
+# it is a blur of all pictures that x might come from; at a small t fine grain and noise look alike,
+# and the answered eps has a variance well below the noise's 1. The blur is why there are many
+# steps. A single one from 999 to 0 would land on it. Instead take only a part of the noise away and
+# ask again: with less noise fewer pictures are possible, and their mean is sharper. A thousand
+# steps are not needed, either; section 7 says why 50 will do.
+#
+# Two more ways to say the same. The mean eps points away from where pictures are: -eps / sqrt(1 -
+# abar) is the gradient of log p(x), the score [14], p being how probable x is at this t. And since
+# x is known, eps, x0 and their mixture v = sqrt(abar) eps - sqrt(1 - abar) x0 [7] are the same
+# knowledge, but the loss weighs them differently: near t = 999 eps is almost x itself, and guessing
+# it teaches little about x0; v is nearly -x0 there, and nearly eps at t = 0. (2.x at 768 says v.)
+
+
+def scaled_linear():  # (modules/diffusionmodules/util.py:21, where it is called "linear")
+    """-> betas (1000,), whose square roots are evenly spaced between two values of the authors'."""
+    return np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+
+
+def leading(schedule, steps):
+    """leading(schedule, 50) -> [981, 961, ..., 21, 1]: evenly spaced, as many as asked for.
+
+    Few steps begin far from 999, two at 501, one at 1, where much or all of x should be picture,
+    and paint badly. (Where steps does not divide 1000 these are diffusers', and the original makes
+    more: modules/diffusionmodules/util.py:46.)
+    """
+    return [1000 // steps * i + 1 for i in reversed(range(steps))]
+
+
+SPACINGS = {"leading": leading}  # name: function(schedule, steps); section 11 has another
+
+
+class Schedule:
+    """How much of x is noise at each t. Step t adds noise of variance betas[t] and keeps 1 -
+    betas[t] of the variance so far; abar (in [3] alpha) is the product of all these up to t.
+    Between two whole t the logarithm of sigma is interpolated.
+    """
+
+    def __init__(self, betas):
+        abar = np.cumprod(1 - np.asarray(betas, np.float64))
+        self.log_sigmas = np.log((1 - abar) / abar) / 2
+
+    def sigma(self, t):  # sqrt((1 - abar) / abar)
+        return math.exp(np.interp(t, np.arange(len(self.log_sigmas)), self.log_sigmas))
+
+    def abar(self, t):
+        return 1 / (1 + self.sigma(t) ** 2)
+
+    def timesteps(self, spacing, steps):  # of a run, the largest first
+        return SPACINGS[spacing](self, steps)
+
+    def add_noise(self, x0, eps, t):
+        """The forward process: x0 as it is at time t. (models/diffusion/ddpm.py:274)"""
+        return math.sqrt(self.abar(t)) * x0 + math.sqrt(1 - self.abar(t)) * eps
+
+    def remove_noise(self, x, eps, t):
+        """add_noise solved for x0: the clean latents, if eps is right."""
+        return (x - math.sqrt(1 - self.abar(t)) * eps) / math.sqrt(self.abar(t))
+
+    def x0_and_eps(self, answer, x, t, prediction):
+        """What the UNet answered, eps or v -> the x0 and the eps that x is made of."""
+        if prediction == "eps":
+            return self.remove_noise(x, answer, t), answer
+        signal, noise = math.sqrt(self.abar(t)), math.sqrt(1 - self.abar(t))
+        return signal * x - noise * answer, noise * x + signal * answer
+
+
+# %% 2. Tokenizer ----------------------------------------------------------------------------------
+# Cuts a sentence into pieces that the text model has a vector for, and numbers them.
 #
 #   in   "a red house"           out   77 ids: [49406, 320, 736, 1212, 49407, 49407, ...]
 #
-# Common words are one piece, rare ones several. The pieces were found on a large text by starting
-# from single bytes and gluing the most frequent neighbours together, 48,894 times; that list of
-# merges is all the tokenizer knows. Three things to watch:
+# Common words are one piece, rare ones several. The pieces were found on a large text: start from
+# single bytes and join the most frequent pair of neighbours, 48,894 times (byte pair encoding).
+# That list of merges is all the tokenizer knows. Three things to watch:
 #
-#   - It works on bytes, so nothing in any script can be unknown. Each byte is written as one
-#     printable character to make the merges a readable text file.
+#   - It works on the bytes of UTF-8, so every writing system is covered. Each byte is written as
+#     one printable character, so that the file of merges is readable.
 #   - "</w>" marks the end of a word: "house</w>" is the word, "house" the start of "houseboat".
-#   - The result is always 77 long, since CLIP (section 3) has exactly 77 places. Those behind the
-#     end of the sentence are filled with one id, and the UNet looks at them too, so it must be the
-#     id used in training: the end mark again in Stable Diffusion 1.x, 0 in 2.x.
+#   - The result is always 77 long: CLIP was given so many positions, to save time, two of them for
+#     the marks of start and end. What is left over is padded as it was in training: with the end
+#     mark again in 1.x, with 0 in 2.x. The UNet looks at the padding, too; no mask hides it.
 #
-# Source: clip/simple_tokenizer.py of OpenAI's CLIP [5], with the transformers library's cleaning.
+# Source: clip/simple_tokenizer.py of OpenAI's CLIP [5], with the cleaning of the transformers
+# library: NFC, lower case. (CLIP also mends quotes, ligatures and HTML's entities.)
 
-# An id is a place in the vocabulary: 256 letters, the same 256 at a word's end, what each of the
-# 48,894 merges makes, and last the two marks.
+# Ids: 256 bytes, the same 256 at a word's end, what each of the 48,894 merges makes, the two marks.
 START, END = 49406, 49407
 MARKS = {"<|startoftext|>": START, "<|endoftext|>": END}
 ANY_MARK = "|".join(map(regex.escape, MARKS))
-WORDS = regex.compile(ANY_MARK + r"|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+WORD = regex.compile(ANY_MARK + r"|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
 
 
-def byte_letters():
+def byte_characters():
     """-> {byte: printable character}. 188 bytes stand for themselves, the others get a stand-in."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    letters = {byte: chr(byte) for byte in printable}
-    return letters | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return dict(zip([*printable, *others], map(chr, [*printable, *range(256, 256 + len(others))])))
 
 
 class Tokenizer:
-    """CLIP's byte pair encoding. merges: text, one merge per line; pad: the id that fills up."""
+    """CLIP's byte pair encoding. merges: text, one merge per line; pad: the id to fill up with;
+    words: {word: its ids}, for words that were loaded with vectors of their own (section 12).
+    """
 
-    def __init__(self, merges, pad=END):
-        self.pad = pad
-        self.letters = byte_letters()
+    def __init__(self, merges, pad=END, words=None):
+        self.pad, self.words = pad, words or {}
+        self.characters = byte_characters()
         merges = [tuple(line.split(" ")) for line in merges.splitlines()]
-        self.ranks = {pair: rank for rank, pair in enumerate(merges)}  # found first, glued first
-        letters = list(self.letters.values())
-        ends = [letter + "</w>" for letter in letters]
-        vocabulary = [*letters, *ends, *("".join(pair) for pair in merges)]
+        self.ranks = {pair: rank for rank, pair in enumerate(merges)}
+        ends = [character + "</w>" for character in self.characters.values()]
+        vocabulary = [*self.characters.values(), *ends, *("".join(pair) for pair in merges)]
         self.ids = {piece: i for i, piece in enumerate(vocabulary)}
         self.bpe = functools.lru_cache(maxsize=10_000)(self.bpe)
+        self.units = {mark: [i] for mark, i in MARKS.items()} | self.words  # never cut into pieces
+        loaded = [regex.escape(word) for word in sorted(self.words, key=len, reverse=True)]
+        self.any_unit = regex.compile("|".join([ANY_MARK, *(rf"(?<!\w){w}(?!\w)" for w in loaded)]))
 
     def bpe(self, word):
-        """Glue letters together, the pair first that was found first, until no known pair is left.
+        """Join the pair of neighbours that comes first in the merges, until no pair is in them.
 
-        bpe("house")       ->  ("house</w>",)
         bpe("lighthouse")  ->  ("lighthouse</w>",)
         bpe("househunter") ->  ("house", "hunter</w>")
         """
@@ -151,145 +252,77 @@ class Tokenizer:
             best = min(pairs, key=lambda pair: self.ranks.get(pair, len(self.ranks)))
             if best not in self.ranks:
                 break
-            glued, i = [], 0
+            joined, i = [], 0
             while i < len(pieces):
                 here = tuple(pieces[i : i + 2]) == best
-                glued.append(pieces[i] + pieces[i + 1] if here else pieces[i])
+                joined.append(pieces[i] + pieces[i + 1] if here else pieces[i])
                 i += 2 if here else 1
-            pieces = glued
+            pieces = joined
         return tuple(pieces)
 
-    def words(self, text):
-        """Text -> [(word, its pieces, their ids)], neither padded nor cut.
+    def split(self, text):
+        """split("2 cats")  ->  [("2", ("2</w>",), [273]), ("cats", ("cats</w>",), [3989])]"""
+        found, at = [], 0
+        for match in self.any_unit.finditer(text):
+            found += self.split_plain(text[at : match.start()])
+            found.append((match[0], (match[0],), self.units[match[0]]))
+            at = match.end()
+        return found + self.split_plain(text[at:])
 
-        words("Two cats")  ->  [("two", ("two</w>",), [1237]), ("cats", ("cats</w>",), [3989])]
-        """
+    def split_plain(self, text):
         found = []
-        for part in regex.split(f"({ANY_MARK})", text):
-            if part in MARKS:  # written out in a prompt, they are the marks
-                found.append((part, (part,), [MARKS[part]]))
-                continue
-            # Lower case letter by letter: str.lower() would look at neighbours (Greek sigma).
-            part = "".join(letter.lower() for letter in unicodedata.normalize("NFC", part))
-            for word in WORDS.findall(part):
-                # As in transformers: <|ENDOFTEXT|> looks like a mark only now, in lower case. It
-                # was not written as one, so it is read as the three words it consists of.
-                for w in (word[:2], word[2:-2], word[-2:]) if word in MARKS else (word,):
-                    pieces = self.bpe("".join(self.letters[x] for x in w.encode(errors="replace")))
-                    found.append((w, pieces, [self.ids[piece] for piece in pieces]))
+        # Lower case letter by letter: str.lower() would write a Greek sigma by its neighbours.
+        text = "".join(letter.lower() for letter in unicodedata.normalize("NFC", text))
+        for word in WORD.findall(text):
+            # <|ENDOFTEXT|> is no mark, and looks like one only in lower case: it is three words.
+            for w in (word[:2], word[2:-2], word[-2:]) if word in MARKS else (word,):
+                pieces = self.bpe("".join(self.characters[x] for x in w.encode(errors="replace")))
+                found.append((w, pieces, [self.ids[piece] for piece in pieces]))
         return found
 
     def encode(self, text):
         """Text -> list of 77 ids: START, at most 75 pieces, END, and the pad id to fill up."""
-        ids = [i for _, _, ids in self.words(text) for i in ids][:75]
+        ids = [i for _, _, ids in self.split(text) for i in ids][:75]
         return [START, *ids, END] + [self.pad] * (75 - len(ids))
 
     def unread(self, text):
-        """The pieces beyond the 75th, which encode() drops, as text; "" if there are none."""
-        pieces = [piece for _, pieces, _ in self.words(text) for piece in pieces][75:]
-        back = {letter: byte for byte, letter in self.letters.items()} | {" ": ord(" ")}
-        written = "".join(pieces).replace("</w>", " ")
-        return bytes(back[letter] for letter in written).decode(errors="replace").strip()
+        """The words from the 76th piece on, which encode() drops; "" if there are none."""
+        words = self.split(text)
+        ends = itertools.accumulate(len(ids) for _, _, ids in words)
+        return " ".join(word for (word, _, _), end in zip(words, ends) if end > 75)
 
 
-# %% 2. Layers -------------------------------------------------------------------------------------
-# What the three networks are made of: ten functions, and small classes that keep weights for
-# them. The functions stand apart because section 16 swaps them for faster ones of the same name;
-# what you read here is what they mean.
+# %% 3. Layers -------------------------------------------------------------------------------------
+# What the three networks are made of. Arrays are (b, n, c) for sequences and (b, h, w, c) for
+# pictures: channels last, as MLX wants them. PyTorch has (b, c, h, w), and its convolution weights
+# (out, in, kh, kw) are (out, kh, kw, in) here. So a 1 x 1 convolution is a Linear.
 #
-# Arrays are (b, n, c) for sequences and (b, h, w, c) for pictures: channels last, as MLX wants
-# them. PyTorch has (b, c, h, w), and its convolution weights (out, in, kh, kw) are (out, kh, kw,
-# in) here. With channels last a 1 x 1 convolution is a Linear, and is stored as one.
+# Watch the epsilons, the small numbers that keep a norm from dividing by 0. GroupNorm has 1e-6 in
+# the VAE and in front of each transformer, but 1e-5 in the UNet's residual blocks and before its
+# last convolution; LayerNorm has 1e-5.
 #
-# Watch the epsilons, the small numbers that keep a norm from dividing by 0 (they have nothing to do
-# with eps, the noise). GroupNorm has 1e-6 in the VAE and in front of each transformer, but 1e-5 in
-# the UNet's residual blocks; LayerNorm has 1e-5.
-#
-# Everything is computed in the type that section 7 is given, which may be float16. Its 11 bits are
-# too few for sums over thousands of numbers: means, variances and softmax are taken in float32.
+# The text model and the UNet may compute in float16: 11 bits of precision, numbers up to 65,504. It
+# is too little for sums over thousands of numbers: matrix products add up in float32 inside MLX;
+# means, variances and softmax are written here, and must say so. An nn.Module is a dict of its
+# arrays and sub-modules; zeros and ones are placeholders, until section 9 fills them.
 
 
-def linear(x, weight, bias=None):  # (..., c), (o, c), (o,) -> (..., o)
-    y = x @ weight.T
-    return y if bias is None else y + bias
+def on_gpu():
+    return mx.default_device().type == mx.gpu
 
 
-def conv2d(x, weight, bias, stride=1, padding=1):  # (b, h, w, c), (o, k, k, c) -> (b, h', w', o)
-    """Slide a k x k window over the picture; each place becomes o weighted sums of what it sees."""
-    return mx.conv2d(x, weight, stride, padding) + bias
+def view(x):  # an array as NumPy sees it, in float32; no copy if it has that type
+    return np.array(x.astype(mx.float32), copy=False)
 
 
-def group_norm(x, weight, bias, groups, epsilon):  # (b, h, w, c) -> same
-    """Give each group of c / groups channels mean 0 and variance 1, over all places.
-
-    Then each channel gets the deviation (weight) and the mean (bias) it has learned to want.
+def matmul(a, b):
+    """a @ b. On a CPU through NumPy: MLX's build for Linux multiplies with plain loops there, tens
+    of times slower than NumPy's library.
     """
-    b, h, w, c = x.shape
-    y = x.astype(mx.float32).reshape(b, h * w, groups, c // groups)
-    y = (y - y.mean((1, 3), keepdims=True)) * mx.rsqrt(y.var((1, 3), keepdims=True) + epsilon)
-    return y.reshape(b, h, w, c).astype(x.dtype) * weight + bias
+    return a @ b if on_gpu() else mx.array(np.matmul(view(a), view(b))).astype(a.dtype)
 
 
-def layer_norm(x, weight, bias):  # (b, n, c) -> same
-    """The same for each vector by itself."""
-    y = x.astype(mx.float32)
-    y = (y - y.mean(-1, keepdims=True)) * mx.rsqrt(y.var(-1, keepdims=True) + 1e-5)
-    return y.astype(x.dtype) * weight + bias
-
-
-def attention(q, k, v, heads, causal=False):  # (b, n, c), (b, m, c), (b, m, c) -> (b, n, c)
-    """Let each of n places look at m others and take from each as much as it finds fitting.
-
-        softmax(Q K^T / sqrt(d)) V        for each head, on its own d of the c channels
-
-    A place has a query q, what it looks for; each of the m has a key k, what it offers, and a value
-    v, what it gives. The better q and k fit (their product), the more of v is taken.
-    causal: place i may look at places 0 ... i only (m = n).
-    """
-    b, n, c = q.shape
-    d = c // heads
-    q, k, v = (
-        y.reshape(b, -1, heads, d).transpose(0, 2, 1, 3) for y in (q, k, v)
-    )  # (b, heads, n, d)
-    # d products of unit variance add up to variance d. Without the division the softmax would see
-    # numbers so far apart that one place wins and the others give nothing.
-    scores = (q * d**-0.5) @ k.transpose(0, 1, 3, 2)  # (b, heads, n, m)
-    if causal:
-        later = mx.arange(n)[:, None] < mx.arange(n)
-        scores = mx.where(later, -mx.inf, scores)  # exp(-inf) = 0: takes exactly nothing
-    shares = mx.softmax(scores, axis=-1, precise=True)  # each row sums to 1; precise: float32
-    return (shares @ v).transpose(0, 2, 1, 3).reshape(b, n, c)
-
-
-def silu(x):
-    return x * mx.sigmoid(x)
-
-
-def norm_silu(x, weight, bias, groups, epsilon):
-    """What stands in front of nearly every convolution."""
-    return silu(group_norm(x, weight, bias, groups, epsilon))
-
-
-def gelu(x):
-    """x times the chance that a normal random number is smaller than x."""
-    return x * (1 + mx.erf(x / math.sqrt(2))) / 2
-
-
-def quick_gelu(x):
-    """What the first CLIP was trained with instead of gelu; they differ by up to 0.02."""
-    return x * mx.sigmoid(1.702 * x)
-
-
-def geglu(x, weight, bias):  # (b, n, c), (2 o, c), (2 o,) -> (b, n, o)
-    """One half of the results says what, the other how much of it. (modules/attention.py:37)"""
-    what, how_much = mx.split(linear(x, weight, bias), 2, axis=-1)
-    return what * gelu(how_much)
-
-
-# An nn.Module is a dict of its arrays and sub-modules, so one can ask it whether it has a bias. The
-# zeros and ones are place-holders of the right shape until section 7 loads the weights.
-
-
+# (..., c) -> (..., o): each output is a weighted sum of the inputs, plus a bias.
 class Linear(nn.Module):
     def __init__(self, c_in, c_out, bias=True):
         super().__init__()
@@ -298,29 +331,31 @@ class Linear(nn.Module):
             self.bias = mx.zeros((c_out,))
 
     def __call__(self, x):
-        return linear(x, self.weight, self.get("bias"))
+        y = matmul(x, self.weight.T)
+        return y + self.bias if "bias" in self else y
 
 
-class GEGLU(Linear):
-    """A Linear to twice the channels that come out."""
-
-    def __call__(self, x):
-        return geglu(x, self.weight, self.bias)
-
-
+# A 3 x 3 window slides over the picture, stride apart: (b, h, w, c) -> (b, h', w', o).
 class Conv(nn.Module):
-    """3 x 3 convolution. With stride 1 and padding 1, h and w stay what they are."""
-
     def __init__(self, c_in, c_out, stride=1, padding=1):
         super().__init__()
-        self.weight = mx.zeros((c_out, 3, 3, c_in))
-        self.bias = mx.zeros((c_out,))
+        self.weight, self.bias = mx.zeros((c_out, 3, 3, c_in)), mx.zeros((c_out,))
         self.stride, self.padding = stride, padding
 
     def __call__(self, x):
-        return conv2d(x, self.weight, self.bias, self.stride, self.padding)
+        if on_gpu():
+            return mx.conv2d(x, self.weight, self.stride, self.padding) + self.bias
+        # By definition: for each place in the window a linear layer, which looks at the picture
+        # shifted by as much, and the sum of all nine.
+        s, p, weight = self.stride, self.padding, view(self.weight)
+        x, dtype = view(mx.pad(x, ((0, 0), (p, p), (p, p), (0, 0)))), x.dtype
+        h, w, window = x.shape[1] - 2, x.shape[2] - 2, itertools.product(range(3), range(3))
+        y = sum(x[:, i : i + h : s, j : j + w : s] @ weight[:, i, j].T for i, j in window)
+        return mx.array(y).astype(dtype) + self.bias
 
 
+# Give each group of c / groups channels mean 0 and variance 1, over all positions; then each
+# channel a learned factor (weight) and shift (bias): (b, h, w, c) -> same.
 class GroupNorm(nn.Module):
     def __init__(self, c, groups, epsilon):
         super().__init__()
@@ -328,144 +363,177 @@ class GroupNorm(nn.Module):
         self.groups, self.epsilon = groups, epsilon
 
     def __call__(self, x):
-        return group_norm(x, self.weight, self.bias, self.groups, self.epsilon)
+        b, h, w, c = x.shape
+        y = x.astype(mx.float32).reshape(b, h * w, self.groups, c // self.groups)
+        variance = y.var((1, 3), keepdims=True)
+        y = (y - y.mean((1, 3), keepdims=True)) * mx.rsqrt(variance + self.epsilon)
+        return y.reshape(b, h, w, c).astype(x.dtype) * self.weight + self.bias
 
 
-class NormSilu(GroupNorm):
-    def __call__(self, x):
-        return norm_silu(x, self.weight, self.bias, self.groups, self.epsilon)
-
-
+# Mean 0 and variance 1 for each vector by itself, then weight and bias: (b, n, c) -> same.
 class LayerNorm(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.weight, self.bias = mx.ones((c,)), mx.zeros((c,))
 
     def __call__(self, x):
-        return layer_norm(x, self.weight, self.bias)
+        y = x.astype(mx.float32)
+        y = (y - y.mean(-1, keepdims=True)) * mx.rsqrt(y.var(-1, keepdims=True) + 1e-5)
+        return y.astype(x.dtype) * self.weight + self.bias
 
 
-class Embedding(nn.Module):
-    """A table of vectors: ids (b, n) -> (b, n, c)."""
+# 0 far on the left, x far on the right, and a smooth bend between: without it two layers in a row
+# would be no more than one. gelu is x times the probability that a standard normal number is below
+# x; quick_gelu, which the first CLIP had, differs from it by up to 0.02.
+ACTIVATIONS = {
+    "silu": lambda x: x * mx.sigmoid(x),
+    "gelu": lambda x: x * (1 + mx.erf(x / math.sqrt(2))) / 2,
+    "quick_gelu": lambda x: x * mx.sigmoid(1.702 * x),
+}
 
-    def __init__(self, rows, c):
+
+class Activation(nn.Module):
+    def __init__(self, name):
         super().__init__()
-        self.weight = mx.zeros((rows, c))
+        self.name = name
 
-    def __call__(self, ids):
-        return self.weight[ids]
+    def __call__(self, x):
+        return ACTIVATIONS[self.name](x)
 
 
-class Attention(nn.Module):
-    """Attention with its four matrices; all three networks use it. (modules/attention.py:152)
+class NormSilu(GroupNorm):  # before nearly every convolution: to one scale, bend, then mix
+    def __call__(self, x):
+        return ACTIVATIONS["silu"](super().__call__(x))
 
-    attention(x) is self-attention: the places of x look at each other, m = n.
-    attention(x, context) is cross-attention: those of x look at context, m = 77.
-    bias: of q, k and v; CLIP and the VAE were trained with one, the UNet without.
+
+# A Linear to twice the channels, of which one half, through GELU, is a gate that says how much to
+# let through of the other: (..., c) -> (..., c_out / 2). (modules/attention.py:37)
+class GEGLU(Linear):
+    def __call__(self, x):
+        y, gate = mx.split(super().__call__(x), 2, axis=-1)
+        return y * ACTIVATIONS["gelu"](gate)
+
+
+class AttentionCore(nn.Module):
+    """softmax(Q K^T / sqrt(d)) V for each head, on its own d of the c channels.
+
+    q (b, n, c), k (b, m, c), v (b, m, c) -> (b, n, c). Each of n positions has a query, what it
+    looks for; each of m a key, what it offers, and a value, what it gives. The better a query fits
+    a key (their product), the more it takes of that value. causal: i sees 0 ... i only (n = m).
     """
 
-    def __init__(self, c, heads, context_width=None, bias=False):
+    def __init__(self, heads, causal=False):
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
+
+    def __call__(self, q, k, v):
+        b, n, c = q.shape
+        d = c // self.heads
+        q, k, v = (y.reshape(b, -1, self.heads, d).transpose(0, 2, 1, 3) for y in (q, k, v))
+        # A sum of d products of variance 1 has variance d. Without the division the softmax would
+        # see numbers so far apart that one key wins and the others give nothing.
+        scores = matmul(q * d**-0.5, k.transpose(0, 1, 3, 2))  # (b, heads, n, m)
+        if self.causal:
+            later = mx.arange(n)[:, None] < mx.arange(n)
+            scores = mx.where(later, -mx.inf, scores)  # exp(-inf) is 0
+        weights = mx.softmax(scores, axis=-1, precise=True)  # each row sums to 1; precise: float32
+        return matmul(weights, v).transpose(0, 2, 1, 3).reshape(b, n, c)
+
+
+# attention(x) is self-attention: positions of x look at each other, m = n. attention(x, context)
+# is cross-attention: they look at context, m = 77. (modules/attention.py:152)
+class Attention(nn.Module):
+    def __init__(self, c, heads, context_width=None, bias=False, causal=False):
+        super().__init__()
         self.to_q = Linear(c, c, bias)
         self.to_k = Linear(context_width or c, c, bias)
         self.to_v = Linear(context_width or c, c, bias)
         self.to_out = Linear(c, c)
+        self.core = AttentionCore(heads, causal)
 
-    def __call__(self, x, context=None, causal=False):
+    def __call__(self, x, context=None):
         context = x if context is None else context
-        y = attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads, causal)
-        return self.to_out(y)
+        return self.to_out(self.core(self.to_q(x), self.to_k(context), self.to_v(context)))
 
 
-# %% 3. CLIP ---------------------------------------------------------------------------------------
+# %% 4. CLIP ---------------------------------------------------------------------------------------
 # Turns the ids into one vector per token that says what the token means in this sentence.
 #
 #   in   ids (b, 77)           out   context (b, 77, 768)
 #
-# A transformer: look up a vector for each id and add one for its place; then, twelve times, let
-# each token look at itself and those before it (attention) and work on what it found (a small
-# network on each vector alone). Both only ever add to x, so what a layer leaves alone stays.
-# It was trained together with a network for pictures, to give matching vectors to a picture and
-# its caption [5]; so it has learned of words what can be seen of them.
+# A transformer: look up a vector for each id and add one for its position. Then, twelve times, let
+# each token look at itself and those before it (attention), and a small network work on each vector
+# alone. Both add to x what they find; a last norm brings all to one scale. It was trained with a
+# network for pictures: the vectors of a picture and of its caption, at the END mark, had to match
+# [5], and not those of other pairs. So it knows what words look like. The other 76 vectors were
+# never matched with anything; the UNet looks at them all the same.
 #
-# Watch: no token sees those behind it (causal). So the vector of "house" in "red house" knows
-# about red, and the padding behind the sentence knows all of it; the UNet looks at both.
-# Stable Diffusion 2.x has a larger CLIP and takes the vectors before its last layer. The
-# converter drops that layer, so that nothing here has to know.
+# Watch: no token sees those after it (causal). The vector of "house" in "red house" knows about
+# red, and the padding after the sentence knows all of it. 2.x has another, larger CLIP, OpenCLIP's
+# ViT-H/14, and takes the vectors before its last layer, through the last norm; the converter leaves
+# that layer out. (modules/encoders/modules.py:137)
 
 
 class TextLayer(nn.Module):
     def __init__(self, c, heads, activation, causal=True):
         super().__init__()
-        self.activation, self.causal = activation, causal
         self.norm1 = LayerNorm(c)
-        self.attention = Attention(c, heads, bias=True)
+        self.attention = Attention(c, heads, bias=True, causal=causal)
         self.norm2 = LayerNorm(c)
         self.fc1 = Linear(c, 4 * c)
+        self.activation = Activation(activation)
         self.fc2 = Linear(4 * c, c)
 
     def __call__(self, x):
-        x = x + self.attention(self.norm1(x), causal=self.causal)
-        y = self.fc1(self.norm2(x))
-        y = quick_gelu(y) if self.activation == "quick_gelu" else gelu(y)
-        return x + self.fc2(y)
+        x = x + self.attention(self.norm1(x))
+        return x + self.fc2(self.activation(self.fc1(self.norm2(x))))
 
 
-class TextEncoder(nn.Module):
-    """CLIP's text model: ids (b, 77) -> context (b, 77, width)."""
-
-    def __init__(self, width, layers, heads, activation, vocabulary):
+class TextEncoder(nn.Module):  # skip: how many of the last layers to leave out, see section 12
+    def __init__(self, width, layers, heads, activation, vocabulary, skip=0):
         super().__init__()
-        self.token_embedding = Embedding(vocabulary, width)
-        self.position_embedding = Embedding(77, width)
+        self.token_embedding = {"weight": mx.zeros((vocabulary, width))}
+        self.position_embedding = {"weight": mx.zeros((77, width))}
         self.layers = [TextLayer(width, heads, activation) for _ in range(layers)]
-        self.norm = LayerNorm(width)
+        self.norm, self.skip = LayerNorm(width), skip
 
     def __call__(self, ids):
-        x = self.token_embedding(ids) + self.position_embedding.weight  # (b, 77, 768)
-        for layer in self.layers:
+        x = self.token_embedding["weight"][ids] + self.position_embedding["weight"]  # (b, 77, 768)
+        for layer in self.layers[: len(self.layers) - self.skip]:
             x = layer(x)
         return self.norm(x)
 
 
-# %% 4. UNet ---------------------------------------------------------------------------------------
-# Given latents x, the time t at which they were spoiled and the sentence, it answers one question:
-# what is the noise in x? (The noise at full size, variance 1; how much of it is in x, t tells.)
+# %% 5. UNet ---------------------------------------------------------------------------------------
+# Given latents x, the time t that tells how noisy they are, and the sentence, it answers one
+# question: what is the noise in x? (Unscaled, as eps; the time tells how much of it is in x.)
 #
-#   in   x (b, h, w, 4)    t    context (b, 77, 768)          out   eps (b, h, w, 4)
+#   in   x (b, h, w, 4)    t    context (b, 77, 768)          out   eps (b, h, w, 4), or v
 #
-# It is a U: four floors down, each half as high and wide and with more channels, then four floors
-# up, and on the way up every floor is handed what was there on the way down. Going down is how it
-# sees the whole picture at once; what is handed over is how it still knows where the edges were.
+# It is a U: down over four levels, each half as high and wide as the one above and, except the
+# last, with twice the channels; then up again. On a small map a 3 x 3 window sees far, and many
+# channels are affordable. On the way up each level is handed what was there on the way down, where
+# the edges still are: these skip connections concatenate, so that the next convolution can choose.
 #
-# Two kinds of blocks alternate. Res works on the picture, by convolution, and is told the time.
-# Attend lets the places look at each other and at the sentence. Nothing else sees the time or the
-# sentence.
-#
-# Nearly all the time a picture takes is spent here: 51 calls, and one of everything else.
+# Two kinds of blocks alternate. A ResBlock works on the picture, by convolution, and is told the
+# time. A TransformerBlock lets positions look at each other and at the sentence. Nothing else sees
+# the time or the sentence. Nearly all the time a picture takes is spent here: 50 steps of PLMS are
+# 51 calls (section 7), each for two sentences (section 8). Everything else is called once.
 
 
-def time_features(t, c):
-    """A number as a vector of c waves: t (b,) -> (b, c), the cosines, then the sines, of t times
-    1 ... 1/10000.
-
-    (1/10000 itself is not reached: the last is one place before it, as in the original.) Like the
-    hands of a clock, the fast waves tell 17 from 18 and the slow ones 17 from 900.
-    (modules/diffusionmodules/util.py:151)
+def time_features(t, c):  # (modules/diffusionmodules/util.py:151)
+    """A timestep as a vector (c,): the cosines, then the sines, of t at c / 2 speeds, which fall
+    from 1 to nearly 1/10000 by equal factors. Like the hands of a clock, the fast ones tell 17 from
+    18 and the slow ones 17 from 900.
     """
     speed = mx.exp(-math.log(10000) * mx.arange(c // 2) / (c // 2))
-    angle = t[:, None] * speed
-    return mx.concatenate([mx.cos(angle), mx.sin(angle)], axis=-1)
+    return mx.concatenate([mx.cos(t * speed), mx.sin(t * speed)])
 
 
-class Res(nn.Module):
-    """Residual block: x plus what two convolutions make of it. (openaimodel.py:163)
-
-    The time comes in as a number added to each channel. The VAE uses this block too, without time
-    (time_width=None). shortcut: gives x the channels that the sum needs, where they differ.
-    """
-
+# x plus what two convolutions make of it: (b, h, w, c_in) -> (b, h, w, c_out). time (1, time_width)
+# becomes a number per channel, added everywhere, which decides what passes the next activation.
+# (The VAE's blocks have no time. modules/diffusionmodules/openaimodel.py:163)
+class ResBlock(nn.Module):
     def __init__(self, c_in, c_out, groups, epsilon, time_width=None):
         super().__init__()
         self.norm1 = NormSilu(c_in, groups, epsilon)
@@ -480,18 +548,21 @@ class Res(nn.Module):
     def __call__(self, x, time=None):
         y = self.conv1(self.norm1(x))
         if time is not None:
-            y = y + self.time(silu(time))[:, None, None, :]
+            y = y + self.time(time)[:, None, None, :]
         y = self.conv2(self.norm2(y))
         return (self.shortcut(x) if "shortcut" in self else x) + y
 
 
-class Attend(nn.Module):
-    """Transformer block: look at each other, look at the sentence, work on it.
-
-    The picture is read as a sequence of n = h * w places, each a vector of c channels.
-    (modules/attention.py:196, 218)
+def once_per_sentence(x, context):
+    """Repeat x (b, ...) if there are two sentences for it in context (2b, 77, c): guidance, section
+    8. Until the first cross-attention x has seen neither, so all that is computed once for both.
     """
+    return mx.concatenate([x] * (len(context) // len(x)))
 
+
+# Look at each other, look at the sentence, work on it: (b, h, w, c) -> same, b as context's. The
+# picture is read as a sequence of n = h * w positions. (modules/attention.py:196, 218)
+class TransformerBlock(nn.Module):
     def __init__(self, c, heads, groups, context_width):
         super().__init__()
         self.norm = GroupNorm(c, groups, epsilon=1e-6)
@@ -509,25 +580,26 @@ class Attend(nn.Module):
         b, h, w, c = x.shape
         y = self.proj_in(self.norm(x).reshape(b, h * w, c))  # (b, n, c)
         y = y + self.attn1(self.norm1(y))
+        x, y = once_per_sentence(x, context), once_per_sentence(y, context)
         y = y + self.attn2(self.norm2(y), context)
         y = y + self.ff_out(self.ff_in(self.norm3(y)))  # (b, n, c) -> (b, n, 4c) -> (b, n, c)
-        return x + self.proj_out(y).reshape(b, h, w, c)
+        return x + self.proj_out(y).reshape(x.shape)
 
 
-class Halve(nn.Module):
-    """Half the height and width, by a convolution that takes every second step."""
-
-    def __init__(self, c, padding=1):
+# Half the height and width: a convolution that takes every second step, over a picture with zeros
+# added: in the VAE (zeros_before=0) below and right of it, in the UNet (1) all round, which gives
+# other numbers. (modules/diffusionmodules/openaimodel.py:134, model.py:60)
+class Downsample(nn.Module):
+    def __init__(self, c, zeros_before=1):
         super().__init__()
-        self.conv = Conv(c, c, stride=2, padding=padding)
+        self.conv, self.zeros = Conv(c, c, stride=2, padding=0), (zeros_before, 1)
 
     def __call__(self, x):
-        return self.conv(x)
+        return self.conv(mx.pad(x, ((0, 0), self.zeros, self.zeros, (0, 0))))
 
 
-class Double(nn.Module):
-    """Twice the height and width: every place becomes 2 x 2, then a convolution smooths them."""
-
+# Twice the height and width: every position becomes 2 x 2, then a convolution smooths them.
+class Upsample(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.conv = Conv(c, c)
@@ -537,11 +609,12 @@ class Double(nn.Module):
 
 
 class UNet(nn.Module):
-    """x (b, h, w, 4), t a number, context (b, 77, context_width) -> eps (b, h, w, 4).
+    """x (b, h, w, 4), t a number, context (b or 2b, 77, context_width) -> (b or 2b, h, w, 4).
 
-    widths: the channels of the four floors; heads: those of attention on each floor, of which the
-    last has it only in the middle. h and w must be multiples of 8. The tables' rows are the
-    original's input_blocks, middle_block and output_blocks. (openaimodel.py:413)
+    widths: the channels of the four levels; heads: attention's on each (the lowest has attention in
+    the middle only); channels: 9 for inpainting models (section 10); corrections: what section 13
+    adds to the skip connections and to x in the middle. h, w: multiples of 8. The rows are those of
+    input_blocks and output_blocks in modules/diffusionmodules/openaimodel.py:413.
     """
 
     def __init__(self, widths, heads, groups, context_width, channels=4):
@@ -549,41 +622,36 @@ class UNet(nn.Module):
         c1, c2, c3, c4 = widths
         heads1, heads2, heads3, heads4 = heads
         self.c1, time_width = c1, 4 * c1
-
-        def res(c_in, c_out):
-            return Res(c_in, c_out, groups, 1e-5, time_width)
-
-        def attend(c, heads):
-            return Attend(c, heads, groups, context_width)
-
+        res = functools.partial(ResBlock, groups=groups, epsilon=1e-5, time_width=time_width)
+        attend = functools.partial(TransformerBlock, groups=groups, context_width=context_width)
         self.time1 = Linear(c1, time_width)
         self.time2 = Linear(time_width, time_width)
         # fmt: off
-        self.down = [                           # right: after the row, kept for the way up
+        self.down = [               # right: x after the row, which is also its skip connection
             [Conv(channels, c1)],                                       # 64 x 64 x  320
             [res(c1, c1), attend(c1, heads1)],                          # 64 x 64 x  320
             [res(c1, c1), attend(c1, heads1)],                          # 64 x 64 x  320
-            [Halve(c1)],                                                # 32 x 32 x  320
+            [Downsample(c1)],                                           # 32 x 32 x  320
             [res(c1, c2), attend(c2, heads2)],                          # 32 x 32 x  640
             [res(c2, c2), attend(c2, heads2)],                          # 32 x 32 x  640
-            [Halve(c2)],                                                # 16 x 16 x  640
+            [Downsample(c2)],                                           # 16 x 16 x  640
             [res(c2, c3), attend(c3, heads3)],                          # 16 x 16 x 1280
             [res(c3, c3), attend(c3, heads3)],                          # 16 x 16 x 1280
-            [Halve(c3)],                                                #  8 x  8 x 1280
+            [Downsample(c3)],                                           #  8 x  8 x 1280
             [res(c3, c4)],                                              #  8 x  8 x 1280
             [res(c4, c4)],                                              #  8 x  8 x 1280
         ]
         self.middle = [res(c4, c4), attend(c4, heads4), res(c4, c4)]    #  8 x  8 x 1280
-        self.up = [                             # c from below + c kept; right: after the row
+        self.up = [                 # in: c from below + c of a skip, last one first; 3 rows a level
             [res(c4 + c4, c4)],                                         #  8 x  8 x 1280
             [res(c4 + c4, c4)],                                         #  8 x  8 x 1280
-            [res(c4 + c3, c4), Double(c4)],                             # 16 x 16 x 1280
+            [res(c4 + c3, c4), Upsample(c4)],                           # 16 x 16 x 1280
             [res(c4 + c3, c3), attend(c3, heads3)],                     # 16 x 16 x 1280
             [res(c3 + c3, c3), attend(c3, heads3)],                     # 16 x 16 x 1280
-            [res(c3 + c2, c3), attend(c3, heads3), Double(c3)],         # 32 x 32 x 1280
+            [res(c3 + c2, c3), attend(c3, heads3), Upsample(c3)],       # 32 x 32 x 1280
             [res(c3 + c2, c2), attend(c2, heads2)],                     # 32 x 32 x  640
             [res(c2 + c2, c2), attend(c2, heads2)],                     # 32 x 32 x  640
-            [res(c2 + c1, c2), attend(c2, heads2), Double(c2)],         # 64 x 64 x  640
+            [res(c2 + c1, c2), attend(c2, heads2), Upsample(c2)],       # 64 x 64 x  640
             [res(c2 + c1, c1), attend(c1, heads1)],                     # 64 x 64 x  320
             [res(c1 + c1, c1), attend(c1, heads1)],                     # 64 x 64 x  320
             [res(c1 + c1, c1), attend(c1, heads1)],                     # 64 x 64 x  320
@@ -592,38 +660,43 @@ class UNet(nn.Module):
         self.norm_out = NormSilu(c1, groups, epsilon=1e-5)
         self.conv_out = Conv(c1, 4)
 
-    def time_vector(self, x, t):
-        """-> (b, 4 c1), from which each Res takes what it needs to know of t."""
-        t = mx.full((len(x),), t, mx.float32)  # the same for the whole batch
-        return self.time2(silu(self.time1(time_features(t, self.c1).astype(x.dtype))))
-
-    def __call__(self, x, t, context, control=None):
-        """control: corrections that section 12 adds to what the way up will see."""
-        time, kept = self.time_vector(x, t), []
-        for row in self.down:
-            x = run_row(row, x, time, context)
-            kept.append(x)
-        x = run_row(self.middle, x, time, context)
-        if control:
-            kept, x = [a + b for a, b in zip(kept, control)], x + control[-1]
+    def __call__(self, x, t, context, corrections=()):
+        x, skips, time = go_down(self, x, t, context)
+        if corrections:
+            *for_skips, for_middle = corrections
+            skips, x = [a + b for a, b in zip(skips, for_skips)], x + for_middle
         for row in self.up:
-            x = run_row(row, mx.concatenate([x, kept.pop()], axis=-1), time, context)
+            skip = once_per_sentence(skips.pop(), context)  # the very first has seen no sentence
+            x = run_row(row, mx.concatenate([x, skip], axis=-1), time, context)
         return self.conv_out(self.norm_out(x))
+
+
+def go_down(network, x, t, context, hint=0):
+    """The way down and the middle, of a UNet or a ControlNet (section 13), which adds a hint to x
+    after the first row. -> x, 12 skip connections, the time (1, 4 c1) as the ResBlocks want it.
+    """
+    silu = ACTIVATIONS["silu"]
+    time = network.time1(time_features(t, network.c1).astype(x.dtype)[None])
+    time = silu(network.time2(silu(time)))
+    x = run_row(network.down[0], x, time, context) + hint
+    skips = [x]
+    for row in network.down[1:]:
+        x = run_row(row, x, time, context)
+        skips.append(x)
+    return run_row(network.middle, x, time, context), skips, time
 
 
 def run_row(row, x, time, context):
     for layer in row:
-        if isinstance(layer, Res):
+        if isinstance(layer, ResBlock):
             x = layer(x, time)
-        elif isinstance(layer, Attend):
-            x = layer(x, context)
         else:
-            x = layer(x)
+            x = layer(x, context) if isinstance(layer, TransformerBlock) else layer(x)
     return x
 
 
-# %% 5. VAE ----------------------------------------------------------------------------------------
-# An autoencoder: between the picture and the latents, 1/8 as high and wide, 4 numbers a place.
+# %% 6. VAE ----------------------------------------------------------------------------------------
+# An autoencoder: between the picture and its latents, 1/8 as high and wide, 4 numbers per position.
 #
 #   encode   picture (b, 512, 512, 3) in [-1, 1]  ->  latents (b, 64, 64, 4)
 #   decode   latents (b, 64, 64, 4)               ->  picture (b, 512, 512, 3), about [-1, 1]
@@ -631,20 +704,22 @@ def run_row(row, x, time, context):
 # This is what "latent diffusion" [1] means: the UNet works on 48 times fewer numbers. Text to
 # image uses the decoder alone; the encoder is for starting from a picture.
 #
-# It is a variational autoencoder: the encoder answers with a mean and a variance for each number,
-# since in training the decoder was shown numbers drawn at random from there, so that it would not
-# depend on the last digit. The mean would do; section 8 draws, too, as diffusers does. quant and
-# post_quant are one more linear layer on either side of the latents; the name comes from another
-# kind of autoencoder.
+# It was trained first, by itself, to give pictures back, and judged by two more networks: one that
+# compares as people do, one that was learning to tell its pictures from real ones. So it is sharp,
+# and invents texture where 48 to 1 has lost it. And it is a variational autoencoder: the encoder
+# answers with a mean and a variance for each latent, the decoder was shown numbers drawn from
+# there, and a weak penalty (KL, weight 1e-6) drew them to a standard normal distribution. Otherwise
+# latents might lie anywhere, and what the UNet gets slightly wrong would decode to nonsense.
 #
-# Outside these networks the latents are multiplied by a scale, 0.18215: 1 over the deviation that
-# the first of these encoders gave them, so that their variance is about 1, like the noise's.
-# (modules/diffusionmodules/model.py:368, 462)
+# Outside these networks the latents are multiplied by a scale, 0.18215: 1 over the standard
+# deviation they had in the first batch of training (models/diffusion/ddpm.py:480). Section 1 wants
+# x0 to have variance 1: with the standard deviation of 5.5 that they come with, 12 % of x's
+# variance would still be picture at t = 999, instead of half a percent. (The original's networks:
+# modules/diffusionmodules/model.py:368, 462)
 
 
-class AttendVAE(nn.Module):
-    """Self-attention over all places, with one head as wide as c."""
-
+# Self-attention over all positions, with one head. (modules/diffusionmodules/model.py:150)
+class AttentionBlock(nn.Module):
     def __init__(self, c, groups):
         super().__init__()
         self.norm = GroupNorm(c, groups, epsilon=1e-6)
@@ -655,37 +730,23 @@ class AttendVAE(nn.Module):
         return x + self.attention(self.norm(x).reshape(b, h * w, c)).reshape(b, h, w, c)
 
 
-class HalveVAE(Halve):
-    """As in the original, it pads below and on the right only, (0, 1); the UNet's pads all round.
-
-    The other way would give the same shapes and other numbers. (model.py:60)
-    """
-
-    def __init__(self, c):
-        super().__init__(c, padding=0)
-
-    def __call__(self, x):
-        return self.conv(mx.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0))))
-
-
 class VAE(nn.Module):
-    """widths: the channels of the four floors, from the picture's down."""
+    """widths: the channels of the four levels, from the picture's down. There are no skip
+    connections: only the latents get through. (models/autoencoder.py:285)
+    """
 
     def __init__(self, widths, groups):
         super().__init__()
         c1, c2, c3, c4 = widths
-
-        def res(c_in, c_out):
-            return Res(c_in, c_out, groups, epsilon=1e-6)
-
+        res = functools.partial(ResBlock, groups=groups, epsilon=1e-6)
         # fmt: off
         self.encoder = [                                            # after this row
             Conv(3, c1),                                            # 512 x 512 x 128
-            res(c1, c1), res(c1, c1), HalveVAE(c1),                 # 256 x 256 x 128
-            res(c1, c2), res(c2, c2), HalveVAE(c2),                 # 128 x 128 x 256
-            res(c2, c3), res(c3, c3), HalveVAE(c3),                 #  64 x  64 x 512
+            res(c1, c1), res(c1, c1), Downsample(c1, 0),            # 256 x 256 x 128
+            res(c1, c2), res(c2, c2), Downsample(c2, 0),            # 128 x 128 x 256
+            res(c2, c3), res(c3, c3), Downsample(c3, 0),            #  64 x  64 x 512
             res(c3, c4), res(c4, c4),                               #  64 x  64 x 512
-            res(c4, c4), AttendVAE(c4, groups), res(c4, c4),        #  64 x  64 x 512
+            res(c4, c4), AttentionBlock(c4, groups), res(c4, c4),   #  64 x  64 x 512
         ]
         self.encoder_norm = NormSilu(c4, groups, epsilon=1e-6)
         self.encoder_out = Conv(c4, 8)
@@ -694,10 +755,10 @@ class VAE(nn.Module):
         self.post_quant = Linear(4, 4)
         self.decoder = [
             Conv(4, c4),                                            #  64 x  64 x 512
-            res(c4, c4), AttendVAE(c4, groups), res(c4, c4),        #  64 x  64 x 512
-            res(c4, c4), res(c4, c4), res(c4, c4), Double(c4),      # 128 x 128 x 512
-            res(c4, c3), res(c3, c3), res(c3, c3), Double(c3),      # 256 x 256 x 512
-            res(c3, c2), res(c2, c2), res(c2, c2), Double(c2),      # 512 x 512 x 256
+            res(c4, c4), AttentionBlock(c4, groups), res(c4, c4),   #  64 x  64 x 512
+            res(c4, c4), res(c4, c4), res(c4, c4), Upsample(c4),    # 128 x 128 x 512
+            res(c4, c3), res(c3, c3), res(c3, c3), Upsample(c3),    # 256 x 256 x 512
+            res(c3, c2), res(c2, c2), res(c2, c2), Upsample(c2),    # 512 x 512 x 256
             res(c2, c1), res(c1, c1), res(c1, c1),                  # 512 x 512 x 128
         ]
         self.decoder_norm = NormSilu(c1, groups, epsilon=1e-6)
@@ -720,119 +781,117 @@ class VAE(nn.Module):
         return self.decoder_out(self.decoder_norm(x))
 
 
-# %% 6. Schedule, DDIM, PLMS -----------------------------------------------------------------------
-# How noise is added in training, and how it is taken away again, step by step.
+# %% 7. DDIM and PLMS ------------------------------------------------------------------------------
+# Section 1 said: take a little of the noise away, ask again. This is what a step is.
 #
-# Training spoils clean latents x0 with noise eps, the more the larger t is [2, eq. 4]:
+# DDIM [3] takes the UNet at its word: solve the forward process for x0, then add the same eps back,
+# but only as much as belongs to the next, smaller t. In numbers, for a single latent: x = 1.00 at
+# t = 501, where sqrt(abar) = 0.524 and sqrt(1 - abar) = 0.851, and the UNet says eps = 0.40. So x0
+# = (1.00 - 0.851 * 0.40) / 0.524 = 1.26; at t = 481, where these are 0.550 and 0.835, x = 0.550 *
+# 1.26 + 0.835 * 0.40 = 1.03, a small step towards 1.26. New noise instead of the same would give
+# the right mixture for that t as well. But x0 is a blur; what was decided so far is in eps.
 #
-#     x = sqrt(abar[t]) x0 + sqrt(1 - abar[t]) eps
+# Why it works is easier to see after division by sqrt(abar). Let y = x / sqrt(abar) = x0 + sigma
+# eps, with sigma = sqrt((1 - abar) / abar), the ratio of noise to signal. Then a DDIM step is
 #
-# The two weights' squares sum to 1, so x keeps variance 1. The UNet has learned to say eps when
-# shown x and t, and from that x0 follows. But at a large t that x0 is a blur, an average of all
-# the pictures that x might have been. So we go a small step in its direction, ask again, and
-# repeat: that is sampling.
-
-# Think of that noise as added in 1000 small steps. Step t adds noise of variance BETAS[t], and
-# keeps 1 - BETAS[t] of the variance that was there; the square root of BETAS grows evenly. What is
-# left of x0's variance after step t is the product of all factors so far, ABAR[t]; in float64, for
-# there are up to 1000. The line above does these steps at once.
-# (modules/diffusionmodules/util.py:21)
-BETAS = np.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=np.float64) ** 2
-ABAR = np.cumprod(1 - BETAS)
-
-
-def make_timesteps(steps):
-    """The timesteps of a run, largest first: make_timesteps(50) -> [981, 961, ..., 21, 1].
-
-    Evenly spaced, exactly as many as asked for, and the last one is 1, as in the original. At most
-    999, for the first of a thousand would be 1000, beyond the table. The spacing is a whole number,
-    so the first may be far from 999: 501 for two steps, and also for 501. Pure noise has to pass
-    for x there; at 981 nearly all of the variance is noise and it does, at 501 only 73 %: one
-    reason why very few steps paint badly.
-    """
-    return [1000 // steps * i + 1 for i in reversed(range(steps))]
+#     y_next = x0 + sigma_next eps = y + (sigma_next - sigma) eps
+#
+# which is Euler's method for the differential equation dy/dsigma = eps(y, sigma): follow the slope
+# to the next point. By section 1 eps points away from where pictures are, so on the way down each
+# noise is led to one of them, along a curve; the straighter it is, the fewer steps will do: 50, of
+# 20 timesteps each, instead of 1000. The samplers here and most of section 11 are better and worse
+# ways to follow it. (Ancestral ones are something else: they add new noise on the way.)
+#
+# A sampler is a generator that yields x once for each timestep, so that whoever runs it can show
+# progress, keep what is there or stop. denoise(x, t) -> (x0, eps) is the UNet with the prompt built
+# in (section 8); draw() gives new noise.
 
 
-def eps_from_v(v, x, t):
-    """Some models, such as Stable Diffusion 2.x at 768, were trained to say v [7] instead of eps.
-
-    v = sqrt(abar) eps - sqrt(1 - abar) x0, which is solved for eps with the line above for x.
-    """
-    abar = abar_at(t)  # ABAR[t]; but section 10 has a sampler that stops between two timesteps
-    return math.sqrt(abar) * v + math.sqrt(1 - abar) * x
-
-
-def ddim_step(x, eps, t, t_next):
-    """From x at t to x at t_next, believing that eps is the noise in it [3, eq. 12, no new noise].
-
-    Solve the line above for x0; then spoil that x0 again, with the same eps, but only as far as
-    t_next says.
-    """
-    x0 = (x - math.sqrt(1 - ABAR[t]) * eps) / math.sqrt(ABAR[t])
-    return math.sqrt(ABAR[t_next]) * x0 + math.sqrt(1 - ABAR[t_next]) * eps
-
-
-# A sampler walks x down the timesteps, asking eps_at(x, t), which is the UNet with the prompt built
-# in (section 7). It is a Python generator: it yields x after each step, so that its caller can show
-# progress, save what is there or stop, and the sampler need not know about that. draw() gives new
-# noise; these two need none.
-
-
-def sample_ddim(eps_at, x, timesteps, draw=None):
-    """One UNet call per step [3].
-
-    As in the original, the last step goes to t = 0, where abar is 0.9991 and not 1: a little noise
-    is left in.
+def sample_ddim(denoise, x, timesteps, schedule, draw=None):
+    """One UNet call a step [3]. As in the original (models/diffusion/ddim.py:166) the last goes to
+    t = 0, the least noise of training: abar is 0.99915, a standard deviation of 0.03 is left in.
     """
     for t, t_next in itertools.pairwise([*timesteps, 0]):
-        x = ddim_step(x, eps_at(x, t), t, t_next)
+        x0, eps = denoise(x, t)
+        x = schedule.add_noise(x0, eps, t_next)
         yield x
 
 
-# A DDIM step takes eps for constant from t to t_next. But eps changes as t falls. PLMS [4] looks
-# back at the last three answers and lays a curve through them:
+# A DDIM step assumes that eps is constant from t to t_next, but it changes as t falls. PLMS [4]
+# looks back at the last three answers and lays a curve through them:
 #
 #     slope = w0 eps(now) + w1 eps(one step ago) + w2 eps(two ago) + w3 eps(three ago)
 #
-# then takes the same DDIM step with slope instead of eps. The weights are Adams' and Bashforth's
-# (1883): the average, over the coming step, of the polynomial through the known points. So each row
-# sums to 1. Looking back costs nothing: the old answers are there already.
+# then takes a DDIM step with slope instead of eps. The old answers cost nothing. With one of them
+# the curve is a straight line, and in the middle of the coming step it is at eps + (eps - old) / 2
+# = 3/2 eps - 1/2 old: the second row below. In general a row is the mean, over the coming step, of
+# the polynomial through the known answers (Adams and Bashforth, 1883), so it sums to 1. All steps
+# count as equally long, even the last, from 1 to 0.
 ADAMS_BASHFORTH = (
-    (1,),  # row i: with i old answers (row 0: a run of one step, which has no past and no next)
+    (1,),  # row i: with i old answers. Row 0: a run of one step (the original asks twice there)
     (3 / 2, -1 / 2),
     (23 / 12, -16 / 12, 5 / 12),
     (55 / 24, -59 / 24, 37 / 24, -9 / 24),
 )
 
 
-def sample_plms(eps_at, x, timesteps, draw=None):
-    """One UNet call per step, two in the first: 51 for 50 steps. (models/diffusion/plms.py:174)"""
+def sample_plms(denoise, x, timesteps, schedule, draw=None):
+    """One UNet call a step, two in the first: 51 for 50 steps. (models/diffusion/plms.py:173)
+
+    The first step has no old answers: it looks one step ahead and averages the answers here and
+    there, as Heun did (1900). The first of the two becomes history. (Crowson's way; [4] differs.)
+    """
     old = []  # newest first, at most three
     for t, t_next in itertools.pairwise([*timesteps, 0]):
-        eps = eps_at(x, t)
+        x0, eps = denoise(x, t)
         if not old and t_next > 0:
-            # No past yet: peek one step ahead and average what is said here and there, as Heun did
-            # (1900). Not the average but the first eps becomes history.
-            peek = ddim_step(x, eps, t, t_next)
-            slope = (eps + eps_at(peek, t_next)) / 2
+            _, ahead = denoise(schedule.add_noise(x0, eps, t_next), t_next)
+            slope = (eps + ahead) / 2
         else:
             slope = sum(w * e for w, e in zip(ADAMS_BASHFORTH[len(old)], [eps, *old]))
-        x = ddim_step(x, slope, t, t_next)
+        x = schedule.add_noise(schedule.remove_noise(x, slope, t), slope, t_next)
         old = [eps, *old][:3]
         yield x
 
 
-SAMPLERS = {"plms": sample_plms, "ddim": sample_ddim}
-SPACINGS = {}  # samplers with timesteps of their own (section 10)
+Sampler = namedtuple("Sampler", "walk spacing", defaults=["leading"])  # the latter: of SPACINGS
+SAMPLERS = {"plms": Sampler(sample_plms), "ddim": Sampler(sample_ddim)}
 
 
-# %% 7. Text to image ------------------------------------------------------------------------------
-# The parts put together as in the diagram at the top. From part III: section 17 builds the networks
-# and fills them from the file, 18 refuses what can't be done, 15 draws the noise.
+# %% 8. Text to image ------------------------------------------------------------------------------
+# The parts put together as in the diagram at the top.
 
-HERE = Path(globals().get("__file__", "sd.py")).resolve().parent  # notebooks have none
-TINY = HERE / "tiny" / "tiny.safetensors"
-DTYPES = ("float32", "float16", "bfloat16")
+
+class Condition(NamedTuple):  # all that the UNet is told besides x and t
+    context: mx.array  # (b, 77, width); with guidance (2b, 77, width), without and with the prompt
+    extra: mx.array | None = None  # (b, h, w, 5): what inpainting models see besides (section 10)
+
+
+class TextToImage:
+    # A task: what a run begins with and what is known besides the prompt; here nothing is. Those of
+    # section 10 override some of it. generate_latents calls these in order, to_pictures the last.
+    channels = 4  # that the UNet must take
+
+    def size(self, config, width, height):  # -> what was asked for, or where that is None the usual
+        return (config.size if n is None else n for n in (width, height))
+
+    def timesteps(self, timesteps):  # -> those that are walked
+        return timesteps
+
+    def begin(self, sd, t, draw):  # -> x at the first timestep t; x0, if known; Condition.extra
+        # Pure noise passes for x. It nearly is: at t = 981 sqrt(abar) is 0.08, but even from that
+        # the UNet has learned to read the mean colour. From pure noise it reads grey, and so paints
+        # no really dark or bright pictures [13].
+        return draw(), None, None
+
+    def constrain(self, denoise, schedule, x0):  # -> a denoise that answers with what is known
+        return denoise
+
+    def settle(self, x, x0):  # -> the last x, with what is known in its place
+        return x
+
+    def finish(self, pictures):  # -> the PIL pictures, with what is known pasted in
+        return pictures
 
 
 class StableDiffusion:
@@ -842,869 +901,409 @@ class StableDiffusion:
         pictures = sd.txt2img("a red house", seed=42)
 
     path: a flat file (default: the miniature). dtype: what the text model and the UNet compute in,
-    "float32", "float16" or "bfloat16"; default float16 on a GPU, float32 on a CPU. The VAE, whose
-    numbers outgrow float16 in some models, always has float32. changes: part II's lora(...),
-    words(...) and clip_skip(...). Raises ValueError.
+    of DTYPES; default float16 on a GPU, float32 on a CPU. The VAE, whose numbers outgrow float16 in
+    some models, has float32. changes: section 12's, in any order. fast: see section 9. reader: a
+    function (sd, sentences) -> context, to read prompts otherwise than CLIP does; 77 may become a
+    multiple then. Here and in all methods, what the user can fix raises SDError.
     """
 
-    def __init__(self, path=TINY, dtype=None, changes=()):
-        self.path, self.changes = path, changes
-        self.config, weights = self.open()
-        dtype = dtype or ("float32" if on_cpu() else "float16")
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype {dtype!r} can't be. There are: {', '.join(DTYPES)}.")
-        self.dtype = getattr(mx, dtype)
-        self.text_encoder, self.unet, self.vae = networks(self.config, path)
-        self.scale = self.config["vae"]["scale"]
-        merges = bytes(np.array(weights["tokenizer.merges"])).decode()
-        self.tokenizer = Tokenizer(merges, self.config["text"]["pad"])
-        fill(self.text_encoder, weights, "text_encoder", self.dtype)
-        fill(self.unet, weights, "unet", self.dtype)
-        fill(self.vae, weights, "vae", mx.float32)
-        self.read()
-
-    def open(self):
-        """-> config, {name: array}"""
-        config, weights = read_flat(self.path)
-        for change in self.changes:
+    def __init__(self, path=TINY, dtype=None, changes=(), *, fast=True, reader=None):
+        config, weights = read_flat(path)
+        for change in changes:
             config, weights = change(config, weights)
-        return config, weights
+        dtype, tokenizer = choose_dtype(dtype), read_tokenizer(config, weights)
+        names = "text_encoder", "unet", "vae"
+        networks = [load_network(name, config, weights, dtype, fast) for name in names]
+        self.set_up(config, tokenizer, *networks, dtype, reader, path)
 
-    def read(self):
-        """Read the weights, which until here are only known to be in the file."""
-        mx.eval([network.parameters() for network in (self.text_encoder, self.unet, self.vae)])
+    @classmethod
+    def from_networks(cls, config, tokenizer, text_encoder, unet, vae, dtype=None, reader=None):
+        """A model of networks in hand. config: a Config (section 9); dtype: that of the weights."""
+        sd = cls.__new__(cls)
+        sd.set_up(config, tokenizer, text_encoder, unet, vae, choose_dtype(dtype), reader, "it")
+        return sd
 
-    def contexts(self, sentences):
-        """-> (number of sentences, 77, width). Section 13 puts one that reads brackets here."""
-        return self.text_encoder(mx.array([self.tokenizer.encode(s) for s in sentences]))
+    def set_up(self, config, tokenizer, text_encoder, unet, vae, dtype, reader, path):
+        self.config, self.tokenizer, self.path = config, tokenizer, path
+        self.text_encoder, self.unet, self.vae = text_encoder, unet, vae
+        self.dtype, self.reader, self.schedule = dtype, reader, Schedule(scaled_linear())
+        self.gpu, self.compiled = on_gpu(), (None, None)  # a UNet, and what it was compiled to
+        self.controls = ()  # (ControlNet, hint, weight) each, see section 13
 
-    def guided(self, prompt, negative_prompt, n_images, cfg):
-        """-> the function eps_at(x, t) that the samplers ask, with the prompt built in.
+    @contextlib.contextmanager
+    def network(self, name):
+        yield getattr(self, name)  # sd_more/low_memory.py overrides this, to load and to forget
 
-        Guidance [6]: ask twice, without the prompt and with it, and go from the first answer to the
-        second and beyond. 1 is the second answer itself, 7.5 overdoes what the prompt changes.
+    def encode_prompts(self, sentences):
+        """-> context (number of sentences, 77, width), or what the reader makes of them."""
+        if self.reader is not None:
+            return self.reader(self, sentences)
+        for unread in filter(None, map(self.tokenizer.unread, sentences)):
+            say_once(f'the prompt is longer than CLIP\'s 75 tokens. Not read: "{unread}"')
+        with self.network("text_encoder") as text_encoder:
+            return text_encoder(mx.array([self.tokenizer.encode(s) for s in sentences]))
 
-            eps = eps_uncond + cfg (eps_text - eps_uncond)
+    def predict(self, x, t, condition):
+        """x (b, h, w, 4) -> the UNet's answer (b or 2b, h, w, 4). The only call of the UNet."""
+        t = mx.array(t, mx.float32)  # a plain number would mean to compile anew for each t
+        corrections = correct(self.controls, x, t, condition.context)
+        if condition.extra is not None:
+            x = mx.concatenate([x, condition.extra.astype(x.dtype)], axis=-1)
+        with self.network("unet") as unet:
+            if self.gpu:  # there one call's many small operations are joined into larger ones
+                if self.compiled[0] is not unet:
+                    self.compiled = unet, mx.compile(unet)
+                unet = self.compiled[1]
+            return unet(x, t, condition.context, corrections)
 
-        The empty sentence stands for "without": in training the sentence was left out now and then.
-        A negative prompt in its place is what to go away from.
+    def denoiser(self, condition, cfg):
+        """-> denoise(x, t) -> (x0, eps): the UNet, with the prompt built in.
+
+        Classifier-free guidance [6]: ask without the prompt, which is "" (in training it stood in a
+        caption's place now and then), and with it, and go from the first answer to the second and
+        beyond: eps = eps_uncond + cfg (eps_text - eps_uncond). Why beyond? A prompt names little of
+        what is in a picture, so it changes the answer little. Minus the difference is, up to a
+        factor, the gradient of log p(prompt | x), and eps is what is taken away: so cfg times the
+        difference leads to where the prompt fits better, as if p(x) p(prompt | x)^cfg were drawn
+        from. 1 is the second answer itself, and the first is not asked for; 3 is loose, 7.5 usual,
+        at 15 and more colours burn out. It costs variety, and twice the time. ([6]'s w is cfg - 1.)
         """
-        sentences = [prompt] if cfg == 1 else [negative_prompt, prompt]
-        context = self.contexts(sentences)
-        context = mx.repeat(context, n_images, axis=0)  # all without, then all with
 
-        unet = compiled(self.unet)  # the same network, on a GPU faster (section 16)
+        def denoise(x, t):
+            # round: t is whole, but for one of section 11's spacings.
+            answer = self.predict(x.astype(self.dtype), round(t), condition).astype(mx.float32)
+            if len(answer) > len(x):
+                uncond, text = mx.split(answer, 2)
+                answer = uncond + cfg * (text - uncond)  # linear: the same for v as for eps
+            return self.schedule.x0_and_eps(answer, x, t, self.config.prediction)
 
-        def eps_at(x, t):
-            both = mx.concatenate([x] * len(sentences)).astype(self.dtype)
-            # round: t is whole, but for one sampler of section 10.
-            out = unet(both, round(t), context).astype(mx.float32)
-            if cfg != 1:
-                uncond, text = mx.split(out, 2)
-                out = uncond + cfg * (text - uncond)
-            return out if self.config["prediction"] == "eps" else eps_from_v(out, x, t)
-
-        return eps_at
+        return denoise
 
     def generate_latents(
         self, prompt, *, negative_prompt="", seed=42, steps=50, cfg=None, sampler="plms",
-        width=None, height=None, n_images=1, rng="torch", variations=(),
+        width=None, height=None, n_images=1, rng=None, task=None, latents=None, context=None,
     ):  # fmt: skip
-        """Yield the latents x (n_images, h, w, 4) after every step; the last ones are the picture.
+        """-> an iterator over the latents x (n_images, h, w, 4) after every step; the last ones
+        make the pictures: to_pictures(x, task). Options are checked now, not at the first x.
 
-        Picture i starts from the noise of seed + i, so each can be made again alone. width, height:
-        in pixels, multiples of 64 (default: what the model was trained on). cfg: default the
-        model's own, 7.5 for Stable Diffusion. Raises ValueError.
+        Picture i starts from the noise of seed + i, so that each can be made again alone. cfg:
+        default the model's own, 7.5 for Stable Diffusion. negative_prompt: what to go away from, in
+        the place of ""; not asked for at cfg 1. width, height: in pixels, multiples of 64; default
+        what the model was trained on, or the task's. rng: a function of a seed that returns
+        draw(shape), default section 9's torch_normal. latents: x to begin with, instead. context:
+        (2, 77, width), without and with the prompt, at cfg 1 (1, 77, width); instead of prompts.
         """
-        cfg = self.config["cfg"] if cfg is None else cfg
-        width = self.config["size"] if width is None else width
-        height = self.config["size"] if height is None else height
-        check_options(steps, cfg, sampler, width, height, n_images, rng)
-        normal = [RNGS[rng](seed + i) for i in range(n_images)]
+        task, cfg = task or TextToImage(), self.config.cfg if cfg is None else cfg
+        width, height = task.size(self.config, width, height)
+        check_options(prompt, negative_prompt, seed, steps, cfg, sampler, width, height, n_images)
+        if self.config.unet.get("channels", 4) != task.channels:
+            raise SDError(f"{self.path} paints into pictures only: give it a picture and a mask.")
+        b, h, w = n_images, height // 8, width // 8
+        sentences = [prompt] if cfg == 1 else [negative_prompt, prompt]
+        if negative_prompt and cfg == 1:
+            say_once("at cfg 1 the negative prompt is not used.")
+        if latents is not None:
+            expect(tuple(latents.shape) == (b, h, w, 4), "latents", latents.shape, (b, h, w, 4))
+        if context is not None:
+            expect(
+                len(context) == len(sentences), "context", len(context), f"{len(sentences)} rows"
+            )
+        walk, spacing = SAMPLERS[sampler]
+        timesteps = task.timesteps(self.schedule.timesteps(spacing, steps))
+        each = [(rng or torch_normal)(seed + i) for i in range(b)]
 
-        def draw():
-            """More noise (b, h, w, 4), drawn as (b, 4, h, w): PyTorch's numbers fall that way."""
-            noise = [one((1, 4, height // 8, width // 8)) for one in normal]
-            return mx.array(np.concatenate(noise).transpose(0, 2, 3, 1))
+        def draw():  # noise (b, h, w, 4), in the order (b, 4, h, w), which is PyTorch's
+            noise = np.concatenate([normal((1, 4, h, w)) for normal in each])
+            return mx.array(noise.transpose(0, 2, 3, 1))
 
-        walk, timesteps = SAMPLERS[sampler], SPACINGS.get(sampler, make_timesteps)(steps)
-        for vary in variations:  # part II: each makes a sampler of a sampler
-            walk = vary(walk)
-        eps_at = self.guided(prompt, negative_prompt, n_images, cfg)
-        for x in walk(eps_at, draw(), timesteps, draw):
-            mx.eval(x)  # MLX only notes what is to be computed, until it is told to do it
-            yield x
+        def run():
+            told = self.encode_prompts(sentences) if context is None else mx.array(context)
+            start, x0, extra = task.begin(self, timesteps[0], draw)
+            start = start if latents is None else mx.array(latents)
+            # All pictures without the prompt, then all with it.
+            condition = Condition(mx.repeat(told, b, axis=0), extra)
+            denoise = task.constrain(self.denoiser(condition, cfg), self.schedule, x0)
+            for i, x in enumerate(walk(denoise, start, timesteps, self.schedule, draw), 1):
+                x = task.settle(x, x0) if i == len(timesteps) else x
+                mx.eval(x)  # MLX only notes what is to be computed, until it is told to do it
+                yield x
+
+        return run()
+
+    def paint(self, prompt, task, **options):
+        """-> list of PIL pictures. options: those of generate_latents, here and below."""
+        *_, x = self.generate_latents(prompt, task=task, **options)
+        return self.to_pictures(x, task)
+
+    def txt2img(self, prompt, **options):
+        return self.paint(prompt, TextToImage(), **options)
+
+    def img2img(self, prompt, image, strength=0.75, width=None, height=None, **options):
+        """image: see load_picture; holes in it get the colours around; strength: see section 10."""
+        picture, _ = picture_and_mask(image, None, width, height)
+        return self.paint(prompt, ImageToImage(picture, strength), **options)
+
+    def inpaint(self, prompt, image, mask=None, strength=1.0, width=None, height=None, **options):
+        """image, mask: see picture_and_mask."""
+        picture, mask = picture_and_mask(image, mask, width, height)
+        return self.paint(prompt, inpainting(self.config, picture, mask, strength), **options)
+
+    def controlled(self, *controls):
+        """(ControlNet, picture (8h, 8w, 3) in [0, 1], weight) each -> a StableDiffusion that has
+        the same networks, and follows these pictures, too (section 13).
+        """
+        other = object.__new__(type(self))
+        vars(other).update(vars(self), controls=(*self.controls, *read_controls(self, controls)))
+        return other
 
     def decode(self, x):
         """Latents (b, h, w, 4) -> pictures (b, 8h, 8w, 3) in [0, 1]."""
-        return mx.clip(self.vae.decode(x.astype(mx.float32) / self.scale) / 2 + 0.5, 0, 1)
+        with self.network("vae") as vae:
+            y = vae.decode(x.astype(mx.float32) / self.config.vae["scale"])
+        return mx.clip(y / 2 + 0.5, 0, 1)
 
     def encode(self, pictures, noise=0):
         """Pictures (b, 8h, 8w, 3) in [0, 1] -> latents (b, h, w, 4): the means, if noise is 0."""
-        mean, log_variance = self.vae.encode(mx.array(pictures).astype(mx.float32) * 2 - 1)
-        return (mean + mx.exp(log_variance / 2) * noise) * self.scale
+        with self.network("vae") as vae:
+            mean, log_variance = vae.encode(mx.array(pictures).astype(mx.float32) * 2 - 1)
+        return (mean + mx.exp(log_variance / 2) * noise) * self.config.vae["scale"]
 
-    def txt2img(self, prompt, **options):
-        """A sentence -> list of PIL pictures. Options: those of generate_latents."""
-        for x in self.generate_latents(prompt, **options):
-            pass
-        return self.to_pictures(x)
-
-    def to_pictures(self, x, batch=1):
-        """Latents (b, h, w, 4) -> list of PIL pictures, decoded a batch at a time to save memory.
-
-        To 8 bits by rounding, as diffusers does; the original cuts off, half a level darker.
+    def to_pictures(self, x, task=None, batch=1):
+        """Latents (b, h, w, 4) -> list of PIL pictures, for the task x was painted for, batch at a
+        time. Rounded to 8 bits, as in diffusers; the original cuts off.
         """
         parts = [np.array(self.decode(part)) for part in mx.split(x, range(batch, len(x), batch))]
-        pictures = [picture for part in parts for picture in part]
-        if not all(np.isfinite(p).all() for p in pictures):
-            raise ValueError("the picture is not a number everywhere. Try dtype float32.")
-        return [Image.fromarray((p * 255 + 0.5).astype(np.uint8)) for p in pictures]
+        pixels = np.concatenate(parts)
+        if not np.isfinite(pixels).all():
+            raise SDError("the picture has pixels that are not a number (NaN). Try dtype float32.")
+        pictures = [Image.fromarray((p * 255 + 0.5).astype(np.uint8)) for p in pixels]
+        return (task or TextToImage()).finish(pictures)
 
 
-# That is Stable Diffusion. The rest of this file is optional: the noise to start from (section 15)
-# could be any library's normal random numbers.
-
-# ================================================================================= II. Variations
-
-# A variation of the sampling is a function from sampler to sampler, one of the weights a function
-# from weights to weights; one of the network stands in the UNet's place. So they can be combined,
-# and part I only has places for them: variations, SPACINGS, changes, control, channels.
-
-# %% 8. From a picture -----------------------------------------------------------------------------
-# Image to image: do not begin with pure noise, but with a picture that was spoiled only so far, and
-# walk the rest of the way with a sentence. What is large in it stays, for that much noise did not
-# hide it; what is small is painted anew. That is all there is to it [8].
+# How to extend it. A sampler: a generator such as sample_ddim, and a row in SAMPLERS. A task: a
+# subclass of TextToImage, for paint(prompt, task). A change of the weights: a function, for
+# StableDiffusion(changes=[...]), such as this one, which halves those of the UNet's last layer:
 #
-#   strength   how much of the way is walked: 0.3 touches up, 0.75 keeps the layout, 1 keeps next
-#              to nothing
+#     def doubtful(config, weights):
+#         return config, weights | {LAST: weights[LAST] / 2}  # LAST = "unet.conv_out.weight"
 #
-# To watch: the noise must be that of the first timestep that is run. Several programs are one step
-# off, and a little noise is left in the picture or too little was put in.
+# That is Stable Diffusion. The rest is optional: the noise to start from could be any library's
+# normal random numbers, and the weights could come from anywhere.
+
+# ==================================================================================== The ground
+
+# %% 9. Flat files, PyTorch's noise ----------------------------------------------------------------
+# A flat file is one safetensors file: every network's weights under the attribute paths of the
+# classes above (unet.down.1.0.conv1.weight), the tokenizer's merges as bytes, and in its header a
+# "config". Loading is four steps: read the file, and let section 12's changes change it; build the
+# networks, still empty; put the weights in, after a check of every name and shape; exchange leaf
+# layers for faster ones, and cast the rest.
+
+FORMAT = "sd.py 1"
+DTYPES = ("float32", "float16", "bfloat16")
+RECONVERT = "Convert the checkpoint again, with convert_weights.py."
 
 
-def spoil(x0, noise, t):
-    """Section 6's line for x: clean latents as they are at time t."""
-    abar = abar_at(t)
-    return math.sqrt(abar) * x0 + math.sqrt(1 - abar) * noise
+@functools.cache
+def say_once(message):  # what is not done, or is done differently from what one may expect
+    print(f"sd.py: {message}", file=sys.stderr)
 
 
-class FromPicture:
-    """picture: (8h, 8w, 3) in [0, 1], 8h and 8w multiples of 64. As diffusers does, it is encoded
-    with noise, the first that is drawn; what spoils it is the second.
+def expect(good, name, value, rule):
+    if not good:
+        raise SDError(f"{name} must be {rule}, got {str(value)[:80]}.")
+
+
+@dataclass
+class Config:
+    """A model's numbers, as they stand in its flat file. Those of Stable Diffusion 1.5 are
+
+    {"kind": "model", "name": "Stable Diffusion 1.x", "size": 512, "prediction": "eps", "cfg": 7.5,
+     "text": {"width": 768, "layers": 12, "heads": 12, "activation": "quick_gelu",
+              "vocabulary": 49408, "pad": 49407},
+     "unet": {"widths": [320, 640, 1280, 1280], "heads": [8, 8, 8, 8], "groups": 32,
+              "context_width": 768},       (and "channels": 9, for an inpainting model)
+     "vae": {"widths": [128, 256, 512, 512], "groups": 32, "scale": 0.18215}}
     """
 
-    def __init__(self, sd, picture, strength):
-        if not 0 < strength <= 1:
-            raise ValueError(f"strength {strength} can't be: more than 0, at most 1.")
-        self.sd, self.picture, self.strength = sd, mx.array(picture)[None], strength
+    kind: str
+    name: str
+    size: int
+    prediction: str
+    cfg: float
+    text: dict
+    unet: dict
+    vae: dict
+    safety: dict | None = None  # the safety checker's numbers, where there is one
+    words: dict = field(default_factory=dict)  # loaded words (section 12); not in the file
 
-    def vary(self, walk):
-        def run(eps_at, noise, timesteps, draw):
-            x0, timesteps = self.sd.encode(self.picture, noise), self.rest(timesteps)
-            return walk(eps_at, spoil(x0, draw(), timesteps[0]), timesteps, draw)
-
-        return run
-
-    def rest(self, timesteps):
-        """The last ones, as many as strength says."""
-        count = int(self.strength * len(timesteps))
-        if count == 0:
-            raise ValueError(
-                f"strength {self.strength} and steps {len(timesteps)} can't be: together they make "
-                "less than one step. Take more of either."
-            )
-        return timesteps[-count:]
-
-    def finish(self, pictures):
-        return pictures
-
-
-# What Pillow raises for damaged files.
-DAMAGED = (OSError, ValueError, SyntaxError, RuntimeError, TypeError, EOFError)
-DAMAGED += (OverflowError, Image.DecompressionBombError)
+    def check(self):
+        """SDError for numbers that would fail later, or paint something wrong in silence."""
+        text, unet, vae = self.text, self.unet, self.vae
+        for name, good, rule in (
+            ("size", divides(64, self.size), "a multiple of 64"),
+            ("prediction", self.prediction in ("eps", "v"), "eps or v"),
+            ("cfg", 0 <= self.cfg < 100, "0 to 100"),
+            ("unet", unet_is_whole(unet), "whole numbers, groups and heads divisors of the widths"),
+            ("text.width", text["width"] == unet["context_width"], "unet.context_width"),
+            ("text.layers", divides(1, text["layers"]) and text["layers"] <= 100, "1 to 100"),
+            ("text.heads", divides(text["heads"], text["width"]), "a divisor of text.width"),
+            ("text.activation", text["activation"] in ("gelu", "quick_gelu"), "gelu or quick_gelu"),
+            # MLX does not check the rows it takes from a table: beyond its end is other memory.
+            ("text.vocabulary", divides(1, text["vocabulary"] - END), f"above {END}"),
+            ("text", len(text) == 6, "of six fields"),
+            ("text.pad", type(text["pad"]) is int and 0 <= text["pad"] <= END, f"0 to {END}"),
+            ("vae.widths", len(vae["widths"]) == 4, "four numbers"),
+            ("vae.groups", divides(vae["groups"], *vae["widths"]), "a divisor of vae.widths"),
+            ("vae.scale", 0 < vae["scale"] < math.inf, "above 0"),
+        ):
+            expect(good, name, functools.reduce(dict.get, name.split("."), vars(self)), rule)
 
 
-def load_picture(file, width=None, height=None, green_is_hole=False):
-    """A picture of any kind -> (RGB (h, w, 3), what is opaque (h, w)), float32 in [0, 1].
+def divides(n, *numbers):  # and are all whole numbers of a sensible size?
+    whole = all(type(i) is int and 0 < i <= 1 << 16 for i in (n, *numbers))
+    return whole and not any(number % n for number in numbers)
 
-    file: a path, an open file or a PIL image. It is turned as its EXIF note says, and resized to
-    width and height, by default the nearest multiples of 64. green_is_hole: pure green counts as
-    transparent; not in a mask or a pose, where green is a colour.
-    """
+
+def unet_is_whole(unet):  # or a ControlNet
+    widths, heads, channels = unet["widths"], unet["heads"], unet.get("channels", 4)
+    good = len(unet) - ("channels" in unet) == 4 and divides(1, channels) and channels in (4, 9)
+    good = good and len(widths) == len(heads) == 4 and divides(1, unet["context_width"])
+    return good and divides(unet["groups"], *widths) and all(map(divides, heads, widths))
+
+
+def read_header(path):  # -> {name: text}, a safetensors file's metadata; {} for any other file
     try:
-        image = ImageOps.exif_transpose(file if isinstance(file, Image.Image) else Image.open(file))
-        if image.mode.startswith("I"):  # grey with 16 bits; Pillow would cut it off at 255
-            image = Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8))
-        pixels = np.array(image.convert("RGBA"))
-    except FileNotFoundError:
+        with safe_open(path, framework="numpy") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
+
+
+def read_flat(path, kind="model"):
+    """-> (config, {name: array}) of a flat file, or SDError saying what is wrong with it. kind:
+    "model", whose config is a Config; "lora", "words" (textual inversion), "controlnet": a dict.
+    The arrays are read from the disk only when they are first used.
+    """
+    path, what = Path(path), kind.replace("words", "textual inversion")
+    if not path.is_file():
+        raise SDError(f"there is no {what} at {path}. Is the name right?")
+    # MLX trusts what the header says about sizes; safetensors checks it. So that goes first.
+    metadata = read_header(path)
+    if (found := metadata.get("format")) != FORMAT:
+        why = f"is damaged, or no flat file (not {FORMAT!r} but {found!r}). To make one:\n       "
+        raise SDError(f"{path} {why}python convert_weights.py {path}")
+    try:
+        weights, config = mx.load(str(path), format="safetensors"), json.loads(metadata["config"])
+        if config["kind"] != kind:
+            raise SDError(f"it is a {config['kind']}, where a {what} is needed.")
+        if kind == "model":
+            names = [each.name for each in fields(Config)][:8]  # that must be there
+            config = Config(*(config[name] for name in names), config.get("safety"))
+            config.check()
+        elif kind == "controlnet":
+            good = unet_is_whole(config["unet"]) and type(config["pool"]) is bool
+            expect(good, "its config", config, "of a network that can be built")
+    except SDError as error:
+        raise SDError(f"{path} is of no use here: {error} {RECONVERT}") from None
+    except (ValueError, TypeError, LookupError, RecursionError, RuntimeError) as error:
+        raise SDError(f"{path} has a damaged config ({error!r}). {RECONVERT}") from None
+    return config, weights
+
+
+def choose_dtype(name=None):  # -> MLX's type; None: the device's best
+    name = str(name or ("float16" if on_gpu() else "float32")).removeprefix("mlx.core.")
+    expect(name in DTYPES, "dtype", name, f"one of {', '.join(DTYPES)}")
+    return getattr(mx, name)
+
+
+def build_networks(config):  # -> {name: network}, still empty: MLX is lazy, it costs nothing
+    text = {name: n for name, n in config.text.items() if name != "pad"}
+    vae = VAE(config.vae["widths"], config.vae["groups"])
+    return {"text_encoder": TextEncoder(**text), "unet": UNet(**config.unet), "vae": vae}
+
+
+def load_network(name, config, weights, dtype, fast=True):
+    network = build_networks(config)[name]
+    load_weights(network, weights, name)
+    accelerate(network, mx.float32 if name == "vae" else dtype, fast)
+    mx.eval(network.parameters())  # until here they were only known to be in the file
+    return network
+
+
+def load_weights(network, weights, prefix):
+    """Put in the weights as they lie in the file: one tensor for each parameter, none left over."""
+    start = prefix + "."
+    given = {name[len(start) :]: w for name, w in weights.items() if name.startswith(start)}
+    wanted = {name: p.shape for name, p in tree_flatten(network.parameters())}
+    there = {name: w.shape for name, w in given.items()}
+    if wrong := sorted(n for n in wanted.keys() | there.keys() if wanted.get(n) != there.get(n)):
+        first = f"{wrong[0]} is {there.get(wrong[0], 'missing')}, expected {wanted.get(wrong[0])}"
+        raise SDError(f"{len(wrong)} tensors of the {prefix} do not fit: {first}. {RECONVERT}")
+    network.load_weights(list(given.items()))
+
+
+def accelerate(network, dtype, fast=True):
+    """Exchange leaf layers for faster ones of the same meaning, where sd_more/ is there; cast. On a
+    CPU these work on all cores, in blocks that fit a cache, and keep 16-bit weights as they are in
+    the file, widened block by block. On a GPU it is MLX's fused attention.
+    """
+    if not fast or importlib.util.find_spec("sd_more") is None:
+        if fast:
+            say_once("sd_more/ is not there: slower, no brackets in prompts, no safety checker.")
+        network.apply(lambda weight: weight.astype(dtype))
+        return
+    from sd_more import fast as faster
+
+    layers = Linear, GEGLU, Conv, GroupNorm, NormSilu, LayerNorm, Activation, AttentionCore
+    table = {layer: getattr(faster.cpu, layer.__name__) for layer in layers}
+    table = {AttentionCore: faster.gpu.AttentionCore} if on_gpu() else table
+    faster.accelerate(network, table, dtype)
+
+
+def read_tokenizer(config, weights):
+    merges = bytes(np.array(weights.get("tokenizer.merges", mx.zeros(0)).astype(mx.uint8)))
+    expect(merges.count(b"\n") == START - 512, "tokenizer.merges", "others", "CLIP's")
+    return Tokenizer(merges.decode(errors="replace"), config.text["pad"], config.words)
+
+
+def write_complete(path, write, overwrite=True):
+    """A file that appears complete or not at all: write(file) under another name, then rename it.
+    -> its path; without overwrite that or the first of path-2, path-3 ... that is free.
+    """
+    number, part = tempfile.mkstemp(".part", dir=path.parent)
+    try:
+        with open(number, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(part, 0o644)  # mkstemp's files are for their owner only
+        path = path if overwrite else take_name(path)
+        os.replace(part, path)
+    except BaseException:  # Ctrl-C, too
+        os.unlink(part)
         raise
-    except DAMAGED as error:
-        raise ValueError(f"{file} can't be read as a picture: {error}") from None
-    if green_is_hole:  # before resizing mixes it with others
-        pixels[(pixels[..., :3] == (0, 255, 0)).all(2), 3] = 0
-    image = Image.fromarray(pixels)
-    near = [max(64, round(n / 64) * 64) for n in image.size]
-    size = (width or near[0], height or near[1])
-    if size != image.size:
-        name = Path(file).name if isinstance(file, (str, Path)) else "the picture"
-        print("{}: resized {} x {} to {} x {}".format(name, *image.size, *size), file=sys.stderr)
-        image = image.resize(size, Image.LANCZOS)
-    pixels = np.asarray(image, np.float32) / 255
-    return pixels[..., :3], pixels[..., 3]
-
-
-def img2img(self, prompt, image, strength=0.75, width=None, height=None, **options):
-    """A sentence and a picture -> list of PIL pictures. Options: those of generate_latents.
-
-    What is transparent or pure green in it gets the colours around (section 9).
-    """
-    picture = find_mask(*load_picture(image, width, height, green_is_hole=True))[1]
-    return paint_with(prompt, FromPicture(self, picture, strength), options)
-
-
-def paint_with(prompt, way, options):
-    height, width, _ = way.picture.shape[1:]
-    size = {"width": width, "height": height, "variations": [way.vary]}
-    return way.finish(way.sd.txt2img(prompt, **size, **options))
-
-
-StableDiffusion.img2img = img2img
-
-
-# %% 9. Inpainting ---------------------------------------------------------------------------------
-# Paint anew only where a mask says so. Elsewhere eps need not be asked of the UNet, for there the
-# clean latents are known, and with them the noise in x:
-#
-#     eps = (x - sqrt(abar) x0) / sqrt(1 - abar)
-#
-# With that answer every sampler walks the known part along from noise to x0, while the UNet sees it
-# around the part that it paints. (Others put the known part, with the noise of the beginning, into
-# x after each step: the same, where a sampler adds no noise of its own.) In the end the known
-# pixels are pasted back, with a soft edge, since the VAE changes them a little.
-#
-# Models trained for inpainting see more: nine channels, the noisy latents, the mask, and the
-# latents of the picture with a grey hole. Of this they need only the pasting. [1]
-
-
-class Inpainting(FromPicture):
-    """mask: (h, w), 1 where to paint."""
-
-    def __init__(self, sd, picture, mask, strength=1.0):
-        super().__init__(sd, picture, strength)
-        if not mask.any():
-            raise ValueError(
-                "nothing is to be painted: the mask is nowhere white, or, without a mask, the "
-                "picture nowhere transparent or pure green."
-            )
-        self.mask = mask
-        # A place of the latents is painted if any of its 8 x 8 pixels is.
-        h, w = mask.shape[0] // 8, mask.shape[1] // 8
-        self.small = mx.array(mask.reshape(h, 8, w, 8).max((1, 3)))[None, :, :, None]
-        if sd.config["unet"].get("channels") == 9:
-            self.sd, self.vary = copy.copy(sd), self.vary_nine
-            if isinstance(sd.unet, Controlled):  # a ControlNet sees four channels
-                self.beside = Beside(sd.unet.unet)
-                self.sd.unet = Controlled(self.beside, sd.unet.controls)
-            else:
-                self.sd.unet = self.beside = Beside(sd.unet)
-
-    def vary_nine(self, walk):
-        def run(eps_at, noise, timesteps, draw):
-            timesteps = self.rest(timesteps)
-            if self.strength < 1:
-                noise = spoil(self.sd.encode(self.picture, noise), draw(), timesteps[0])
-            hole = mx.array(self.mask)[None, :, :, None] > 0.5
-            seen = self.sd.encode(mx.where(hole, 0.5, self.picture), draw())
-            small = mx.array(self.mask[::8, ::8])[None, :, :, None]  # as it was trained
-            small = mx.broadcast_to(small, (len(seen), *small.shape[1:]))
-            self.beside.more = mx.concatenate([small, seen], axis=-1)
-            return walk(eps_at, noise, timesteps, draw)
-
-        return run
-
-    def vary(self, walk):
-        def run(eps_at, noise, timesteps, draw):
-            x0, timesteps = self.sd.encode(self.picture, noise), self.rest(timesteps)
-
-            def known_eps(x, t):
-                abar = abar_at(t)
-                known = (x - math.sqrt(abar) * x0) / math.sqrt(1 - abar)
-                return mx.where(self.small > 0, eps_at(x, t), known)
-
-            noise = draw()
-            start = spoil(x0, noise, timesteps[0])
-            if self.strength == 1:  # then nothing of what is to be replaced
-                start = mx.where(self.small > 0, noise, start)
-            walked = walk(known_eps, start, timesteps, draw)
-            for left, x in zip(reversed(range(len(timesteps))), walked):
-                yield x if left else mx.where(self.small > 0, x, x0)
-
-        return run
-
-    def finish(self, pictures):
-        mask = self.mask[..., None]
-        soft = np.maximum(mask, np.clip(2 * blur(mask, 4), 0, 1))  # 1 inside, 0 from 5 pixels on
-        known = np.array(self.picture[0]) * 255
-        return [
-            Image.fromarray((soft * np.asarray(p) + (1 - soft) * known + 0.5).astype(np.uint8))
-            for p in pictures
-        ]
-
-
-class Beside:
-    """Stands in the place of a UNet of nine channels, and gives it the five that x lacks."""
-
-    def __init__(self, unet):
-        self.unet = unet
-        self.network = getattr(unet, "network", unet)  # the one inside, for section 17's LowMemory
-
-    def __call__(self, x, *rest):
-        more = mx.concatenate([self.more] * (len(x) // len(self.more))).astype(x.dtype)
-        return self.unet(mx.concatenate([x, more], axis=-1), *rest)
-
-
-def find_mask(picture, opaque, mask=None):
-    """-> (h, w), 1 where to paint, and the picture. mask: a picture, white there; else where the
-    picture itself is transparent or pure green, and there it gets the colours around the hole.
-    """
-    height, width, _ = picture.shape
-    if mask is not None:
-        return np.float32(load_picture(mask, width, height)[0].mean(2) > 0.5), picture
-    hole = np.float32(opaque < 0.5)
-    known = (1 - hole)[..., None]
-    mean = (picture * known).sum((0, 1)) / max(1, known.sum())  # far from the hole's edge
-    around = (blur(picture * known, 16) + 1e-3 * mean) / (blur(known, 16) + 1e-3)
-    return hole, picture * known + around * hole[..., None]
-
-
-def blur(x, radius):
-    """(h, w, c) -> the average over the square of that radius around each place."""
-    for axis in (0, 1):
-        n = x.shape[axis]
-        total = np.insert(np.cumsum(x, axis, dtype=np.float64), 0, 0, axis)
-        last, first = np.minimum(np.arange(n) + radius + 1, n), np.maximum(np.arange(n) - radius, 0)
-        count = (last - first).reshape(-1, *[1] * (2 - axis))
-        x = (total.take(last, axis) - total.take(first, axis)) / count
-    return np.float32(x)
-
-
-def inpaint(self, prompt, image, mask=None, strength=1.0, width=None, height=None, **options):
-    """A sentence, a picture, and where to paint -> list of PIL pictures."""
-    picture, opaque = load_picture(image, width, height, green_is_hole=True)
-    mask, picture = find_mask(picture, opaque, mask)
-    return paint_with(prompt, Inpainting(self, picture, mask, strength), options)
-
-
-StableDiffusion.inpaint = inpaint
-
-
-# %% 10. More samplers -----------------------------------------------------------------------------
-# All see the same x and eps; they differ in how they go on from there. Most are written in other
-# coordinates, those of Karras et al. [9]: y = x / sqrt(abar) = x0 + sigma eps, a clean picture with
-# noise of deviation sigma on it, from 14.6 down to 0. There the way is dy/dsigma = eps, and a DDIM
-# step is Euler's: y + (sigma_next - sigma) eps. These go down to sigma 0, where nothing is left in.
-# (hypot(1, sigma) is 1 / sqrt(abar).)
-
-
-def sigma_at(t):
-    """sqrt((1 - abar) / abar); between two timesteps evenly in its logarithm."""
-    return math.exp(np.interp(t, np.arange(1000), LOG_SIGMAS))
-
-
-def abar_at(t):
-    return 1 / (1 + sigma_at(t) ** 2)
-
-
-LOG_SIGMAS = np.log((1 - ABAR) / ABAR) / 2
-
-
-def in_sigmas(step):
-    """step(y, eps, i, sigmas, draw, old) -> y, as a sampler; old: a list that it may keep."""
-
-    def sample(eps_at, x, timesteps, draw=None):
-        sigmas, old = [*map(sigma_at, timesteps), 0.0], []
-        y = x * math.hypot(1, sigmas[0])
-        for i, t in enumerate(timesteps):
-            eps = eps_at(y / math.hypot(1, sigmas[i]), t)
-            y = step(y, eps, i, sigmas, draw, old)
-            yield y / math.hypot(1, sigmas[i + 1])
-
-    return sample
-
-
-def euler(y, eps, i, sigmas, draw, old):
-    return y + (sigmas[i + 1] - sigmas[i]) * eps
-
-
-def euler_ancestral(y, eps, i, sigmas, draw, old):
-    """Go down further than asked, come back with new noise. (k-diffusion's get_ancestral_step)"""
-    now, then = sigmas[i], sigmas[i + 1]
-    up = then * math.sqrt(max(0, 1 - (then / now) ** 2))
-    down = math.sqrt(then**2 - up**2)
-    return y + (down - now) * eps + up * draw()
-
-
-def lms(y, eps, i, sigmas, draw, old):
-    """Adams and Bashforth again, with the true distances between up to four sigmas: the integral,
-    over the coming step, of the polynomial through the known eps. It is a sum of Lagrange's, each
-    1 at one sigma and 0 at the others, times the eps there. (Crowson's, in k-diffusion)
-    """
-    old[:] = [eps, *old][:4]
-    known = sigmas[i - len(old) + 1 : i + 1][::-1]  # where they were asked, newest first
-    for j, e in enumerate(old):
-        others = known[:j] + known[j + 1 :]
-        scale = math.prod(known[j] - s for s in others)
-        area = np.poly1d(others, r=True).integ()  # r: these are its roots
-        y = y + float(area(sigmas[i + 1]) - area(sigmas[i])) / scale * e
-    return y
-
-
-def dpm_2m(y, eps, i, sigmas, draw, old):
-    """DPM-Solver++(2M) [10]: follow x0, which changes less than eps, in steps of log sigma. The
-    old x0 tells which way it goes. The last step, to sigma 0, is x0 itself.
-    """
-    now, then = sigmas[i], sigmas[i + 1]
-    x0 = y - now * eps
-    if then == 0:
-        return x0
-    toward = x0
-    if old:
-        r = math.log(sigmas[i - 1] / now) / math.log(now / then)
-        toward = x0 + (x0 - old[0]) / (2 * r)
-    old[:] = [x0]
-    return then / now * y + (1 - then / now) * toward
-
-
-def sample_lcm(eps_at, x, timesteps, draw=None):
-    """For models distilled to say the clean picture at once [11]: believe x0, and spoil it anew.
-
-    They were trained with d^2 / (s^2 + d^2) x + s / sqrt(s^2 + d^2) x0 for the answer, s = 10 t and
-    d = 0.5, so that at t = 0 it is x itself. At these t it is nearly x0.
-    """
-    for t, t_next in itertools.pairwise([*timesteps, None]):
-        abar, s, d = ABAR[t], 10 * t, 0.5
-        x0 = (x - math.sqrt(1 - abar) * eps_at(x, t)) / math.sqrt(abar)
-        x = s / math.hypot(s, d) * x0 + d**2 / (s**2 + d**2) * x
-        if t_next is not None:
-            x = spoil(x, draw(), t_next)
-        yield x
-
-
-def lcm_timesteps(steps):
-    """Of the 50 timesteps 999, 979 ... 19 that it was distilled at, evenly so many."""
-    if steps > 50:
-        raise ValueError(f"steps {steps} can't be with lcm: at most 50. 4 to 8 are usual.")
-    return [999 - 20 * int(50 * i / steps) for i in range(steps)]
-
-
-def karras_timesteps(steps):
-    """Sigmas evenly spaced in their 7th root [9, eq. 5]: smaller steps near the end. -> timesteps
-    between whole numbers that have these sigmas; the UNet is told the nearest one.
-    """
-    high, low = math.exp(LOG_SIGMAS[-1]) ** (1 / 7), math.exp(LOG_SIGMAS[0]) ** (1 / 7)
-    sigmas = [(high + (low - high) * i / max(1, steps - 1)) ** 7 for i in range(steps)]
-    return [float(np.interp(math.log(s), LOG_SIGMAS, np.arange(1000))) for s in sigmas]
-
-
-SAMPLERS |= {
-    "euler": in_sigmas(euler),
-    "euler-a": in_sigmas(euler_ancestral),
-    "lms": in_sigmas(lms),
-    "dpm++": in_sigmas(dpm_2m),
-    "dpm++-karras": in_sigmas(dpm_2m),
-    "lcm": sample_lcm,
-}
-SPACINGS |= {"dpm++-karras": karras_timesteps, "lcm": lcm_timesteps}
-
-
-# %% 11. LoRA, new words, fewer layers -------------------------------------------------------------
-# What changes a model when it is loaded: functions that take and give (config, {name: array}), for
-# StableDiffusion(changes=[...]). None of it costs time when painting.
-#
-# A LoRA changes matrices by products of two thin ones [12]:
-#
-#     W + strength up @ down        up (o, r), down (r, c), with a rank r of 4 to 128
-#
-# So a style or a face is a file of some megabytes. A convolution's down is (r, k, k, c), read as
-# (r, k k c); some split it in two, a 1 x 1 down (m, c) and then a 3 x 3 in the middle (r, 3, 3, m).
-# convert_weights.py has put the file's own factor, alpha / r, into up.
-#
-# Textual inversion [14] leaves the model alone and learns vectors that the text model is given in
-# place of a token's: a word for what no word says. They are put behind its table of vectors.
-
-
-def lora(path, strength=1.0):
-    """path: a flat file. The changed weights are float32. Raises ValueError."""
-
-    def change(config, weights):
-        _, parts = read_flat(path, "lora")
-        changed = {}
-        for name in sorted({name.rpartition(".")[0] for name in parts}):
-            up, down, middle = (parts.get(f"{name}.{part}") for part in ("up", "down", "middle"))
-            weight = weights.get(f"{name}.weight")
-            if up is None or down is None:
-                raise ValueError(f"{path} is damaged: {name} has not both, up and down. {AGAIN}")
-            up, down = up.astype(mx.float32), down.astype(mx.float32)
-            try:
-                if middle is not None:  # (r, 3, 3, m)
-                    middle = middle.astype(mx.float32)
-                    down = (middle.reshape(-1, len(down)) @ down).reshape(len(middle), -1)
-                product = up @ down.reshape(len(down), -1)
-            except ValueError:
-                raise ValueError(f"{path} is damaged: {name} has odd shapes. {AGAIN}") from None
-            if weight is None or len(weight) != len(product) or weight.size != product.size:
-                raise ValueError(f"{path} is a LoRA for another model: {name} does not fit.")
-            product = strength * product.reshape(weight.shape)
-            changed[f"{name}.weight"] = weight.astype(mx.float32) + product
-        return config, weights | changed
-
-    return change
-
-
-def words(path):
-    """path: a flat file, whose words stand for its vectors from now on. Raises ValueError."""
-
-    def change(config, weights):
-        name = "text_encoder.token_embedding.weight"
-        known = dict(config.get("words", {}))
-        for word, vectors in read_flat(path, "words")[1].items():
-            table = weights[name]
-            if vectors.ndim != 2 or vectors.shape[1] != table.shape[1]:
-                raise ValueError(
-                    f"{path} is for another text model: its vectors have {vectors.shape[-1]} "
-                    f"numbers, this one's {table.shape[1]}."
-                )
-            known[word] = list(range(len(table), len(table) + len(vectors)))
-            both = table.astype(mx.float32), vectors.astype(mx.float32)
-            weights = weights | {name: mx.concatenate(both)}
-        text = config["text"] | {"vocabulary": len(weights[name])}
-        return config | {"text": text, "words": known}, weights
-
-    return change
-
-
-def clip_skip(count):
-    """Stop reading count - 1 layers before the last, as some models were trained.
-
-    Among changes it comes last: before a LoRA it would take away layers that the LoRA changes.
-    """
-
-    def change(config, weights):
-        left = config["text"]["layers"] - (count - 1)
-        if count < 1 or left < 1:
-            most = config["text"]["layers"]
-            raise ValueError(f"clip_skip {count} can't be: 1 for all layers, at most {most}.")
-        gone = tuple(f"text_encoder.layers.{i}." for i in range(left, left + count - 1))
-        kept = {name: w for name, w in weights.items() if not name.startswith(gone)}
-        return config | {"text": config["text"] | {"layers": left}}, kept
-
-    return change
-
-
-# %% 12. ControlNet --------------------------------------------------------------------------------
-# A second network that sees a picture, of edges, depth or a pose, beside x, and corrects the UNet
-# [13]: a copy of its way down and middle, trained further, whose results pass through 1 x 1 layers
-# (which began as zeros, so that at first nothing changed) and are added to what the UNet's way down
-# hands to the way up. Several can be added, each with a weight.
-#
-#   in   x, t, context as the UNet; a picture (1, 8h, 8w, 3) in [0, 1]
-#   out  13 corrections: of the 12 rows of the way down, and of the middle
-#
-# (lllyasviel's ControlNet, cldm/cldm.py)
-
-
-class ControlNet(UNet):
-    """path: a flat file. Raises ValueError."""
-
-    def __init__(self, path, dtype=mx.float32):
-        config, weights = read_flat(path, "controlnet")
-        try:
-            numbers, self.pool = config["unet"], config["pool"]
-            check_unet(numbers)
-            super().__init__(**numbers)
-        except CAN_NOT_BE as error:
-            raise ValueError(f"{path} has a config that can't be ({error!r}). {AGAIN}") from None
-        self.path, self.fits = path, fits(numbers)
-        del self.up, self.norm_out, self.conv_out
-        widths, strides = (3, 16, 16, 32, 32, 96, 96, 256, self.c1), (1, 1, 2, 1, 2, 1, 2, 1)
-        self.picture = [Conv(*cs, stride) for *cs, stride in zip(widths, widths[1:], strides)]
-        c1, c2, c3, c4 = numbers["widths"]
-        rows = c1, c1, c1, c1, c2, c2, c2, c3, c3, c3, c4, c4, c4
-        self.zero = [Linear(c, c) for c in rows]
-        fill(self, weights, "controlnet", dtype)
-
-    def look(self, picture):  # (1, 8h, 8w, 3) -> (1, h, w, c1)
-        for layer in self.picture[:-1]:
-            picture = silu(layer(picture))
-        return self.picture[-1](picture)
-
-    def __call__(self, x, t, context, seen):
-        time, kept = self.time_vector(x, t), []
-        for row in self.down:
-            x = run_row(row, x, time, context)
-            if not kept:
-                x = x + seen.astype(x.dtype)
-            kept.append(x)
-        kept.append(run_row(self.middle, x, time, context))
-        out = [zero(y) for zero, y in zip(self.zero, kept)]
-        # Some, for the mood of a picture, correct all places alike.
-        return [y.mean((1, 2), keepdims=True) for y in out] if self.pool else out
-
-
-def fits(numbers):
-    return tuple(numbers["widths"]), numbers["context_width"]
-
-
-class Controlled:
-    """Stands in the UNet's place. controls: (ControlNet, what it saw, weight) each.
-
-    On a GPU its steps are not compiled into one graph.
-    """
-
-    def __init__(self, unet, controls):
-        self.unet, self.controls = unet, controls
-        self.network = getattr(unet, "network", unet)  # as in Beside
-
-    def __call__(self, x, t, context):
-        each = [[w * y for y in net(x, t, context, seen)] for net, seen, w in self.controls]
-        return self.unet(x, t, context, [sum(ys).astype(x.dtype) for ys in zip(*each)])
-
-
-def controlled(self, *controls):
-    """controls: (ControlNet, picture (h, w, 3) in [0, 1], weight) each -> a StableDiffusion that
-    paints so. It shares its networks with this one.
-    """
-    for net, _, _ in controls:
-        if net.fits != fits(self.config["unet"]):
-            raise ValueError(f"{net.path} is a ControlNet for another model than {self.path}.")
-    other = copy.copy(self)
-    seen = [(net, net.look(mx.array(picture)[None]), w) for net, picture, w in controls]
-    if isinstance(self.unet, Controlled):
-        other.unet = Controlled(self.unet.unet, self.unet.controls + seen)
-    else:
-        other.unet = Controlled(self.unet, seen)
-    return other
-
-
-StableDiffusion.controlled = controlled
-
-
-# %% 13. Prompts -----------------------------------------------------------------------------------
-# What other programs understand in a prompt, and CLIP does not:
-#
-#   (word) ((word)) (word:1.3)   more of it: 1.1 times, 1.21 times, 1.3 times
-#   [word]                       less: 1 / 1.1
-#   \( \) \[ \]                  the brackets themselves
-#   BREAK                        begin the next 75 tokens here
-#   more than 75 tokens          are read 75 at a time, and the contexts put one behind the other
-#   a word with a file           its vectors (section 11)
-#
-# A weight multiplies the vectors that CLIP gives for these tokens; then all are scaled back to the
-# mean they had, so that the others do not become weaker or stronger. This is how AUTOMATIC1111's
-# program does it, for which most of these prompts were written.
-
-PROMPT_MARKS = regex.compile(
-    r"""
-      \\ [()\[\]\\]                                        # a bracket that is meant, or a \
-    | [()\[\]]                                            # one that weighs
-    | : \s* [+-]? (?: \d+\.?\d* | \.\d+ ) \s* \)           # :1.3)
-    | \s* \b BREAK \b \s*
-    | [^\\()\[\]:] (?: (?!\s*\bBREAK\b) [^\\()\[\]:] )*   # text, as far as none of these begins
-    | [\\:]                                               # one that means nothing here
-    """,
-    regex.VERBOSE,
-)
-
-
-def weigh(text):
-    """-> [(piece of text, weight)], None as weight of BREAK.
-
-    weigh("a (red:1.5) [small] house")
-    ->  [("a ", 1.0), ("red", 1.5), (" ", 1.0), ("small", 0.909...), (" house", 1.0)]
-    """
-    out, opened = [], {"(": [], "[": []}
-
-    def close(bracket, factor):
-        for piece in out[opened[bracket].pop() :]:
-            if piece[1] is not None:
-                piece[1] *= factor
-
-    for token in PROMPT_MARKS.findall(text):
-        if token in opened:
-            opened[token].append(len(out))
-        elif token[0] == ":" and token[-1] == ")" and opened["("]:
-            close("(", float(token[1:-1]))
-        elif token == ")" and opened["("]:
-            close("(", 1.1)
-        elif token == "]" and opened["["]:
-            close("[", 1 / 1.1)
-        elif token.strip() == "BREAK":
-            out.append(["BREAK", None])
-        else:
-            out.append([token[1:] if token[0] == "\\" and len(token) > 1 else token, 1.0])
-    for bracket, factor in (("(", 1.1), ("[", 1 / 1.1)):
-        while opened[bracket]:
-            close(bracket, factor)
-    joined = []
-    for piece, weight in out:
-        if joined and weight is not None and joined[-1][1] == weight:
-            joined[-1] = joined[-1][0] + piece, weight
-        else:
-            joined.append((piece, weight))
-    return joined
-
-
-def read_words(sd, text):
-    """Yield (word, its pieces, their ids, weight); weight None and no ids for BREAK."""
-    vectors = sd.config.get("words", {})
-    names = sorted(vectors, key=len, reverse=True)
-    known = regex.compile("|".join(rf"(?<!\w){regex.escape(n)}(?!\w)" for n in names) or r"(?!)")
-    for piece, weight in weigh(text):
-        if weight is None:
-            yield "BREAK", (), [], None
-            continue
-        at = 0
-        for match in known.finditer(piece):
-            yield from ((*word, weight) for word in sd.tokenizer.words(piece[at : match.start()]))
-            yield match[0], (match[0],), vectors[match[0]], weight
-            at = match.end()
-        yield from ((*word, weight) for word in sd.tokenizer.words(piece[at:]))
-
-
-def chunks(sd, text):
-    """-> [[(id, weight)]] with at most 75 in each, at least one."""
-    out = [[]]
-    for _, _, ids, weight in read_words(sd, text):
-        if weight is None:
-            out.append([])
-        # Ids beyond the last mark are section 11's: the vectors of one word are not parted.
-        for together in [ids] if ids and ids[0] > END else [[i] for i in ids]:
-            if len(out[-1]) + len(together) > 75:
-                out.append([])
-            out[-1] += [(i, weight) for i in together]
-    return out
-
-
-def long_contexts(self, sentences):
-    """-> (number of sentences, 77 k, width), k for the longest; the others get empty chunks."""
-    if self.plain_prompt:
-        return plain_contexts(self, sentences)
-    each = [chunks(self, sentence) for sentence in sentences]
-    count = max(map(len, each))
-    rows, weights = [], []
-    for found in each:
-        for chunk in found + [[]] * (count - len(found)):
-            fill_up = [END] + [self.tokenizer.pad] * (75 - len(chunk))
-            rows.append([START, *(i for i, _ in chunk), *fill_up])
-            weights.append([1.0, *(w for _, w in chunk), *[1.0] * len(fill_up)])
-    context = self.text_encoder(mx.array(rows))
-    weights = mx.array(weights)[:, :, None].astype(context.dtype)
-    if (weights != 1).any():
-        mean = context.mean((1, 2), keepdims=True)
-        context = context * weights
-        context = context * (mean / context.mean((1, 2), keepdims=True))
-    return context.reshape(len(sentences), 77 * count, -1)
-
-
-plain_contexts, StableDiffusion.plain_prompt = StableDiffusion.contexts, False
-StableDiffusion.contexts = long_contexts  # section 13's reading is the usual one
-
-
-# %% 14. Safety checker ----------------------------------------------------------------------------
-# CLIP's other half: a transformer that turns a picture into one vector, matched in training with
-# the vectors of captions. The checker that came with Stable Diffusion compares it with vectors of
-# 17 things not to be shown and 3 that call for more caution, each with a threshold.
-#
-#   in   a picture, 224 x 224, in 256 squares of 14 x 14       out   a vector (768), then yes or no
-#
-# It errs in both directions. (diffusers' pipelines/stable_diffusion/safety_checker.py)
-
-
-class Safety(nn.Module):
-    def __init__(self, width, layers, heads, projection):
-        super().__init__()
-        self.patch = mx.zeros((width, 14, 14, 3))
-        self.first = mx.zeros((width,))  # a place that belongs to no square, and reports in the end
-        self.position_embedding = Embedding(257, width)
-        self.norm_in = LayerNorm(width)
-        self.layers = [TextLayer(width, heads, "quick_gelu", causal=False) for _ in range(layers)]
-        self.norm = LayerNorm(width)
-        self.projection = Linear(width, projection, bias=False)
-        self.concepts, self.thresholds = mx.zeros((17, projection)), mx.zeros((17,))
-        self.special, self.special_thresholds = mx.zeros((3, projection)), mx.zeros((3,))
-
-    def look(self, picture):
-        """A PIL picture -> (1, 768)"""
-        w, h = picture.size
-        scale = 224 / min(w, h)
-        size = max(224, int(w * scale)), max(224, int(h * scale))
-        picture = picture.convert("RGB").resize(size, Image.BICUBIC)
-        left, top = (size[0] - 224) // 2, (size[1] - 224) // 2
-        x = np.asarray(picture.crop((left, top, left + 224, top + 224)), np.float32) / 255
-        # The mean and deviation of the pictures that CLIP was trained on.
-        x = (x - (0.48145466, 0.4578275, 0.40821073)) / (0.26862954, 0.26130258, 0.27577711)
-        x = np.float32(x.reshape(16, 14, 16, 14, 3).swapaxes(1, 2).reshape(1, 256, -1))
-        x = linear(mx.array(x), self.patch.reshape(len(self.patch), -1))
-        x = mx.concatenate([self.first[None, None], x], axis=1) + self.position_embedding.weight
-        x = self.norm_in(x)
-        for layer in self.layers:
-            x = layer(x)
-        return self.projection(self.norm(x[:, :1])[:, 0])
-
-    def __call__(self, picture):
-        """Is it not to be shown? The rounding decides what is just at a threshold."""
-
-        def scores(concepts, thresholds, more):
-            c = view(concepts)
-            cosine = (c @ e) / (np.linalg.norm(c, axis=1) * np.linalg.norm(e))
-            return cosine - view(thresholds) + more
-
-        e, more = view(self.look(picture)[0]), 0.0
-        for one in zip(self.special, self.special_thresholds):
-            if np.round(scores(one[0][None], one[1][None], more), 3)[0] > 0:
-                more = 0.01
-        return bool((np.round(scores(self.concepts, self.thresholds, more), 3) > 0).any())
-
-
-def checked(self, pictures):
-    """-> PIL pictures, those blacked out that are not to be shown; and the numbers of these."""
-    if "safety" not in self.config:
-        return pictures, []
-    if not hasattr(self, "safety"):
-        try:
-            self.safety = Safety(**self.config["safety"])
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{self.path} has a damaged config ({error}). {AGAIN}") from None
-        fill(self.safety, read_flat(self.path)[1], "safety", mx.float32)
-    flagged = [i for i, picture in enumerate(pictures) if self.safety(picture)]
-    black = lambda picture: Image.new("RGB", picture.size)
-    return [black(p) if i in flagged else p for i, p in enumerate(pictures)], flagged
-
-
-StableDiffusion.checked = checked
-
-
-# ================================================================================== III. Plumbing
-
-# %% 15. Random numbers ----------------------------------------------------------------------------
-# The picture depends on the noise it starts from, so the same seed gives the same picture only in
-# programs that draw the same numbers. Here each is a function of a seed that returns draw(shape) ->
-# float32 array, which goes on where it left off when it is called again.
+    return path
+
+
+def take_name(path):  # at once, by an empty file, for other processes may be looking for one, too
+    for i in itertools.count(1):
+        name = path.with_stem(f"{path.stem}-{i}") if i > 1 else path
+        with contextlib.suppress(FileExistsError):
+            open(name, "xb").close()
+            return name
 
 
 def torch_normal(seed):
-    """What torch.randn gives on a CPU after torch.manual_seed(seed), to float32 rounding.
+    """-> draw(shape), for 16 numbers and more: what torch.randn gives on a CPU after
+    torch.manual_seed(seed), to float32 rounding. Only the same numbers make the same picture.
 
-    A Mersenne twister yields 32-bit words; NumPy's old generator is the same twister. torch keeps
-    each word's low 24 bits as a uniform number in [0, 1), takes them 16 at a time, pairs the first
-    8 with the last 8 and turns each pair into two normal numbers (Box and Muller: a radius and an
-    angle). That is all that latents need, whose size is always a multiple of 256. Elsewhere: if the
-    size is no multiple of 16, the last 16 numbers are drawn once more; below 16 it takes 53 bits
-    from two words, one number after the other, in float64, and keeps the second of a pair.
-    (PyTorch's aten/src/ATen/native/cpu/DistributionTemplates.h, normal_fill)
+    NumPy's old generator is PyTorch's: a Mersenne twister of 32-bit words. Their low 24 bits make
+    uniform numbers in [0, 1). Of 16 at a time the first 8 are paired with the last 8, and each pair
+    becomes two normal numbers (Box and Muller: a radius and an angle). If the size is no multiple
+    of 16, the last 16 are drawn once more. (PyTorch's ATen/native/cpu/DistributionTemplates.h)
     """
-    twister, kept = np.random.RandomState(seed % 2**32), []
+    twister = np.random.RandomState(seed % 2**32)
 
     def uniform(count):
         words = twister.randint(0, 2**32, count, dtype=np.uint32)
@@ -1715,21 +1314,11 @@ def torch_normal(seed):
         radius, angle = np.sqrt(-2 * np.log(1 - u[:, 0])), np.float32(2 * np.pi) * u[:, 1]
         return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)
 
-    def one():
-        if not kept:
-            words = twister.randint(0, 2**32, (2, 2), dtype=np.uint32).astype(np.uint64)
-            u = (words[:, 0] << 32 | words[:, 1]) % 2**53 * 2.0**-53
-            angle, radius = 2 * np.pi * u[0], math.sqrt(-2 * math.log1p(-u[1]))
-            kept[:] = radius * math.sin(angle), radius * math.cos(angle)
-        return kept.pop()
-
     def draw(shape):
         n = math.prod(shape)
-        if n < 16:
-            return np.array([one() for _ in range(n)], np.float32).reshape(shape)
-        u = uniform(n)
-        out = np.empty(n, np.float32)
-        out[: n // 16 * 16] = normal(u[: n // 16 * 16])
+        expect(n >= 16, "the size of PyTorch's noise", n, "at least 16")
+        u, whole = uniform(n), n - n % 16
+        out = np.concatenate([normal(u[:whole]), u[whole:]])
         if n % 16:
             out[-16:] = normal(uniform(16))
         return out.reshape(shape)
@@ -1737,1279 +1326,422 @@ def torch_normal(seed):
     return draw
 
 
-def numpy_normal(seed):
-    """np.random.RandomState's, which Apple's Core ML programs use."""
-    state = np.random.RandomState(seed % 2**32)
-    return lambda shape: state.standard_normal(shape).astype(np.float32)
-
-
-def philox_normal(seed):
-    """What torch.randn gives on an NVIDIA GPU: Philox 4x32-10, by Salmon et al., SC 2011.
-
-    It has no state to wind on: number i of call j is a scrambled (j, i), scrambled with the seed.
-    """
-    calls = itertools.count()
-
-    def draw(shape):
-        n = math.prod(shape)
-        counter = np.zeros((4, n), np.uint32)
-        counter[0], counter[2] = next(calls), np.arange(n)
-        words = philox(counter, seed % 2**64).astype(np.float64)
-        tiny = np.float32(2.0**-32)
-        u, angle = (words[0] + 0.5) * tiny, (words[1] + 0.5) * np.float32(tiny * 2 * np.pi)
-        return (np.sqrt(-2 * np.log(u)) * np.sin(angle)).astype(np.float32).reshape(shape)
-
-    return draw
-
-
-def philox(counter, seed):
-    """(4, n) words of 32 bits -> the same, scrambled in ten rounds of multiplying and swapping."""
-    a, b, c, d = counter.astype(np.uint64)
-    key0, key1 = seed % 2**32, seed >> 32
-    for _ in range(10):
-        left, right = a * 0xD2511F53, c * 0xCD9E8D57
-        a, b, c, d = right >> 32 ^ b ^ key0, right % 2**32, left >> 32 ^ d ^ key1, left % 2**32
-        key0, key1 = (key0 + 0x9E3779B9) % 2**32, (key1 + 0xBB67AE85) % 2**32
-    return np.stack([a, b, c, d]).astype(np.uint32)
-
-
-def mlx_normal(seed):
-    """MLX's own, a new key for each call."""
-    keys = [mx.random.key(seed % 2**64)]
-
-    def draw(shape):
-        keys[0], now = mx.random.split(keys[0])
-        return np.array(mx.random.normal(shape, key=now))
-
-    return draw
-
-
-RNGS = {"torch": torch_normal, "numpy": numpy_normal, "philox": philox_normal, "mlx": mlx_normal}
-
-
-# %% 16. The same, faster --------------------------------------------------------------------------
-# Functions that take the place of section 2's, with the same names, arguments and results up to
-# rounding (test_fast_functions_equal_the_plain_ones). On a GPU, MLX's fused attention and norm. On
-# a CPU, NumPy: MLX's Linux wheel (0.32.4) multiplies matrices there with plain loops, some 50 times
-# slower than the OpenBLAS that comes with NumPy, and computes exp and erf one number at a time.
-# An evaluated MLX array can be read by NumPy without a copy; going back is one copy.
-#
-# All CPU functions have one plan. The work is cut into blocks whose numbers fit a core's cache, and
-# each core takes the next block when it has finished one, doing everything to it that there is to
-# do: a product, its bias, its gelu. For that OpenBLAS must not start threads of its own inside.
-#
-# Weights may stay in 16 bits: each block widens those it needs, which costs less than the memory
-# they would take. Sums are float32 throughout.
-
-
-def view(x):
-    """An MLX array as NumPy sees it, in float32, not copied if it has that type."""
-    return np.array(x.astype(mx.float32), copy=False)
-
-
-def raw(weight):
-    """Weights as NumPy sees them, never copied; bfloat16, which NumPy lacks, as uint16."""
-    return np.array(weight.view(mx.uint16) if weight.dtype == mx.bfloat16 else weight, copy=False)
-
-
-def widen(w):
-    """What raw gives, or a part of it, -> float32. 16 bits use memory that the next call reuses.
-
-    A bfloat16 is the upper half of a float32. A float16 has its exponent's 5 lower bits only: moved
-    to a float32's place, the number is 2^-112 of what it should be. So it is multiplied by 2^112,
-    which is exact and right for subnormal numbers too, and five times as fast as NumPy's astype.
-    """
-    if w.dtype == np.float32:
-        return w
-    wide = scratch("wide", *w.shape)
-    bits = wide.view(np.int32)
-    if w.dtype == np.uint16:
-        np.copyto(bits, w)
-        bits <<= 16
-    else:
-        np.copyto(bits, w.view(np.int16))  # the sign comes along ...
-        bits <<= 13
-        bits &= ~0x70001FFF  # ... and leaves copies of itself
-        wide *= np.float32(2.0**112)
-    return wide
-
-
-LOCAL = threading.local()
-
-
-def scratch(name, *shape):
-    """Memory to compute in, which the next call of that name in this thread uses again.
-
-    New memory comes in pages that the system has to find and clear.
-    """
-    size = math.prod(shape)
-    if getattr(LOCAL, name, np.empty(0)).size < size:
-        setattr(LOCAL, name, np.empty(size, np.float32))
-    return getattr(LOCAL, name)[:size].reshape(shape)
-
-
-@functools.cache
-def openblas(verb):
-    """OpenBLAS's function {verb}_num_threads in the library that NumPy uses; None for others."""
-    try:
-        library = ctypes.CDLL(sys.modules["numpy._core._multiarray_umath"].__file__)
-    except (KeyError, OSError):
-        return None
-    for name in (
-        "scipy_openblas_{}_num_threads64_",
-        "scipy_openblas_{}_num_threads",
-        "openblas_{}_num_threads64_",
-        "openblas_{}_num_threads",
+def check_options(prompt, negative_prompt, seed, steps, cfg, sampler, width, height, n_images):
+    integer, number = (int, np.integer), (int, float, np.number)
+    for name, value, good, rule in (
+        ("prompt", prompt, isinstance(prompt, str), "one text"),
+        ("negative_prompt", negative_prompt, isinstance(negative_prompt, str), "one text"),
+        ("seed", seed, isinstance(seed, integer), "a whole number"),
+        ("steps", steps, isinstance(steps, integer) and 1 <= steps <= 999, "1 to 999"),
+        ("n_images", n_images, isinstance(n_images, integer) and n_images >= 1, "at least 1"),
+        ("cfg", cfg, isinstance(cfg, number) and math.isfinite(cfg), "a finite number"),
+        ("sampler", sampler, sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}"),
     ):
-        if hasattr(library, name.format(verb)):
-            return getattr(library, name.format(verb))
-    return None
-
-
-@functools.cache
-def cores():
-    """How many threads compute: as many as OpenBLAS was told to use, which is one per core."""
-    return openblas("get")() if openblas("get") and openblas("set") else 1
-
-
-@functools.cache
-def pool():
-    return ThreadPoolExecutor(max(1, cores() - 1), "sd.py")
-
-
-class OneThreadEach:
-    """While any thread is inside, OpenBLAS computes each product in the thread that asks for it."""
-
-    def __init__(self):
-        self.lock, self.inside, self.before = threading.Lock(), 0, 1
-
-    def __enter__(self):
-        with self.lock:
-            if self.inside == 0 and cores() > 1:
-                self.before = openblas("get")()
-                openblas("set")(1)
-            self.inside += 1
-
-    def __exit__(self, *_):
-        with self.lock:
-            self.inside -= 1
-            if self.inside == 0 and cores() > 1:
-                openblas("set")(self.before)
-
-
-ONE_THREAD_EACH = OneThreadEach()
-
-
-LITTLE = 1 << 23  # products of two numbers; to wake the other cores takes longer
-
-
-def share(f, *jobs, work):
-    """f(job) for each combination of jobs, on all cores. work: how many products, roughly; to go
-    over an array once counts as 16 a number.
-
-    Little work is done here and now, and OpenBLAS may use what threads it likes. The miniature's
-    25 steps took 3.4 s on two cores, and take 1.9 s so.
-    """
-    jobs = list(itertools.product(*jobs))
-    if work < LITTLE:
-        for job in jobs:
-            f(*job)
-        return
-    left = iter(jobs)
-
-    def take():
-        for job in left:
-            f(*job)
-
-    with ONE_THREAD_EACH:
-        helpers = [pool().submit(take) for _ in range(min(len(jobs), cores()) - 1)]
-        try:
-            take()
-        finally:  # one that has not begun need not; the others may still be at their last job
-            for helper in helpers:
-                helper.cancel() or helper.result()
-
-
-def cut(n, size):
-    """0 ... n in slices of that size; the last may be smaller."""
-    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
-
-
-def blocks(n, o, c):
-    """(n, o) cut into columns and rows of blocks: narrower ones where there are few rows, so that
-    each core gets some, and so that a block's weights, c for each column, take at most 4 MB.
-    """
-    rows = cut(n, 512)
-    pieces = -(-2 * cores() // len(rows))
-    return cut(o, min(max(-(-o // pieces), 64), 640, max(64, 2**20 // c))), rows
-
-
-def elementwise(f):
-    """f(piece, out) on flat float32 pieces -> a function of MLX arrays of any shape."""
-
-    def run(x):
-        y, flat = scratch("out", x.size), view(x).reshape(-1)
-        share(lambda at: f(flat[at], y[at]), cut(x.size, 1 << 18), work=16 * x.size)
-        return mx.array(y.reshape(x.shape)).astype(x.dtype)
-
-    return run
-
-
-def cpu_sigmoid_times(x, out, k):
-    """x / (1 + exp(-k x)), out may be x. Far on the left exp is infinite and the quotient 0."""
-    t = scratch("t", *x.shape)
-    with np.errstate(over="ignore", invalid="ignore"):
-        np.exp(np.multiply(x, np.float32(-k), out=t), out=t)
-        t += 1
-        np.divide(x, t, out=out)
-
-
-def cpu_gelu(x, out):
-    """gelu(x) = max(x, 0) - |x| erfc(|x| / sqrt 2) / 2, with erfc as exp times a polynomial.
-
-    Abramowitz and Stegun 7.1.26: erfc is off by at most 1.5e-7. out must not be x.
-    """
-    size, t = scratch("size", *x.shape), scratch("t", *x.shape)
-    np.abs(x, out=size)
-    np.multiply(size, np.float32(0.3275911 / math.sqrt(2)), out=t)
-    t += 1
-    np.divide(1, t, out=t)
-    np.multiply(t, np.float32(-1.061405429 / 2), out=out)
-    for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
-        out += np.float32(-coefficient / 2)
-        out *= t
-    np.multiply(size, np.float32(-0.5), out=t)
-    t *= size
-    out *= np.exp(t, out=t)
-    out *= size
-    out += np.maximum(x, 0, out=t)
-
-
-def products(x, weight, bias, out):
-    """out = x @ weight.T + bias for (n, c), (o, c) as raw gives it, (o,), (n, o)."""
-
-    def block(columns, rows):
-        y = np.matmul(x[rows], widen(weight[columns]).T, out=out[rows, columns])
-        if bias is not None:
-            y += bias[columns]
-
-    share(block, *blocks(len(x), *weight.shape), work=len(x) * weight.size)
-
-
-def cpu_linear(x, weight, bias=None):
-    flat, weight = view(x).reshape(-1, x.shape[-1]), raw(weight)
-    out = scratch("out", len(flat), len(weight))
-    products(flat, weight, None if bias is None else view(bias), out)
-    return mx.array(out.reshape(*x.shape[:-1], -1)).astype(x.dtype)
-
-
-def cpu_geglu(x, weight, bias):
-    flat, weight, bias = view(x).reshape(-1, x.shape[-1]), raw(weight), view(bias)
-    half = len(weight) // 2
-    out = scratch("out", len(flat), half)
-
-    def block(columns, rows):
-        gate = slice(columns.start + half, columns.stop + half)
-        shape = rows.stop - rows.start, columns.stop - columns.start
-        what, how_much = scratch("what", *shape), scratch("how_much", *shape)
-        for part, y in ((columns, what), (gate, how_much)):
-            np.matmul(flat[rows], widen(weight[part]).T, out=y)
-            y += bias[part]
-        gated = scratch("gated", *shape)
-        cpu_gelu(how_much, gated)
-        np.multiply(what, gated, out=out[rows, columns])
-
-    share(block, *blocks(len(flat), half, flat.shape[1]), work=len(flat) * weight.size)
-    return mx.array(out.reshape(*x.shape[:-1], -1)).astype(x.dtype)
-
-
-def cpu_conv2d(x, weight, bias, stride=1, padding=1):
-    b, h, w, c = x.shape
-    tile = 4 if b * h * w >= 1024 else 2  # at 2 x 16 x 16 places 4 is no faster, and less exact
-    fits = h % tile == 0 and w % tile == 0 and b * h * w >= 256 and c >= 16
-    if stride == 1 and padding == 1 and weight.shape[1] == 3 and fits:
-        y = conv_winograd(view(x), raw(weight), view(bias), tile)
-    else:
-        y = conv_windows(view(x), raw(weight), view(bias), stride, padding)
-    return mx.array(y).astype(x.dtype)
-
-
-def conv_windows(x, weight, bias, stride, padding):
-    """A convolution as one matrix product: each window laid out as a row, some rows at a time."""
-    x = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    b, h, w, c = x.shape
-    o, k, _, _ = weight.shape
-    h, w = (h - k) // stride + 1, (w - k) // stride + 1
-    s = x.strides
-    windows = np.lib.stride_tricks.as_strided(
-        x, (b, h, w, k, k * c), (s[0], stride * s[1], stride * s[2], s[1], s[3])
-    )
-    out = scratch("out", b, h, w, o)
-    band = max(1, 2**24 // (w * k * k * c))  # 64 MB of windows at a time
-    for i, rows in itertools.product(range(b), cut(h, band)):
-        laid_out = windows[i, rows].reshape(-1, k * k * c)
-        products(laid_out, weight.reshape(o, -1), bias, out[i, rows].reshape(-1, o))
-    return out
-
-
-# Winograd's F(4x4, 3x3): 36 products make 4 x 4 outputs, where the definition takes 144; and
-# F(2x2, 3x3): 16 for 36. The matrices are those of Lavin and Gray, arXiv 1509.09308.
-# fmt: off
-WINOGRAD = {
-    4: ([[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0],
-         [0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]],
-        [[1/4, 0, 0], [-1/6, -1/6, -1/6], [-1/6, 1/6, -1/6],
-         [1/24, 1/12, 1/6], [1/24, -1/12, 1/6], [0, 0, 1]],
-        [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]),
-    2: ([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]],
-        [[1, 0, 0], [1/2, 1/2, 1/2], [1/2, -1/2, 1/2], [0, 0, 1]],
-        [[1, 1, 1, 0], [0, 1, -1, -1]]),
-}
-# fmt: on
-# A matrix for down and across in one: kron(m, m) times what lies in a square, written as a row.
-WINOGRAD = {
-    tile: [np.kron(m, m).astype(np.float32) for m in three] for tile, three in WINOGRAD.items()
-}
-
-
-def conv_winograd(x, weight, bias, tile):  # (b, h, w, c), (o, 3, 3, c) -> (b, h, w, o)
-    """For each tile of the output, with numbers in a row where they lie in a square:
-
-        v = forth window      (side^2, c)       u = weigh filter      (side^2, c) for each of o
-        m[i] = u[i] v[i]      (side^2, o)       tile = back m         (tile^2, o)
-
-    A band of tiles at a time: v of all its tiles, shared by rows; then the rest, by columns of o.
-    """
-    forth, weigh, back = WINOGRAD[tile]
-    b, h, w, c = x.shape
-    o, side = len(weight), tile + 2  # windows of side x side make tiles of tile x tile
-    down, across = h // tile, w // tile
-    out = scratch("out", b * down, tile, across, tile, o)
-    for band in cut(b * down, max(1, 2**23 // (side * side * across * c))):  # of rows of tiles
-        rows = band.stop - band.start
-        v = scratch("v", side * side, rows, across * c)
-
-        def transform(row, v=v, start=band.start):
-            i, top = divmod(start + row, down)
-            top = top * tile - 1
-            padded = scratch("padded", side, w + 2, c)
-            padded[:, [0, -1]] = 0
-            above, below = max(0, -top), max(0, top + side - h)
-            padded[:above] = padded[side - below :] = 0
-            padded[above : side - below, 1:-1] = x[i, top + above : top + side - below]
-            s = padded.strides
-            windows = np.lib.stride_tricks.as_strided(
-                padded, (side, side, across, c), (s[0], s[1], tile * s[1], s[2])
-            )
-            t = scratch("t", side, side, across, c)
-            np.copyto(t, windows)
-            np.matmul(forth, t.reshape(side * side, -1), out=v[:, row])
-
-        def multiply(columns, v=v, band=band):
-            n, o = v.shape[1] * across, columns.stop - columns.start
-            filters = widen(weight[columns]).reshape(o, 9, c)
-            u = np.matmul(weigh, filters, out=scratch("u", o, side * side, c))
-            m = scratch("m", side * side, n, o)
-            np.matmul(v.reshape(side * side, n, c), u.transpose(1, 2, 0), out=m)
-            y = np.matmul(back, m.reshape(side * side, -1), out=scratch("y", tile * tile, n * o))
-            y = y.reshape(tile, tile, -1, across, o).transpose(2, 0, 3, 1, 4)
-            np.add(y, bias[columns], out=out[band, ..., columns])
-
-        share(transform, range(rows), work=side * side * v.size)
-        share(multiply, cut(o, min(max(-(-o // cores()), 64), 640)), work=o * v.size)
-    return out.reshape(b, h, w, o)
-
-
-def cpu_group_norm(x, weight, bias, groups, epsilon, then=None):
-    """then(piece, out): what else to do to each piece."""
-    dtype, (b, h, w, c) = x.dtype, x.shape
-    x, out = view(x).reshape(b, h * w, c), scratch("out", b, h * w, c)
-    pieces = cut(h * w, max(1, (1 << 18) // c))
-    # Sums of x - pivot: the first place's values, so that a mean far from 0 costs no digits.
-    pivot, sums = x[:, :1], np.empty((2, b, len(pieces), c), np.float32)
-
-    def add_up(i, number):
-        off = x[i, pieces[number]] - pivot[i]
-        off.sum(0, out=sums[0, i, number])
-        off *= off
-        off.sum(0, out=sums[1, i, number])
-
-    share(add_up, range(b), range(len(pieces)), work=16 * x.size)
-    first, second = sums.sum(2, dtype=np.float64) / (h * w)  # (b, c) each
-    inside = (second - first**2).reshape(b, groups, -1)  # variance of each channel
-    means = (first + pivot[:, 0]).reshape(b, groups, -1)
-    middle = means.mean(2, keepdims=True)
-    # Variance of a group: that inside its channels, and that of their means.
-    variance = inside.mean(2, keepdims=True) + ((means - middle) ** 2).mean(2, keepdims=True)
-    scale = np.broadcast_to(1 / np.sqrt(variance + epsilon), means.shape).reshape(b, c)
-    scale = (scale * view(weight)).astype(np.float32)
-    middle = np.broadcast_to(middle, means.shape).reshape(b, c).astype(np.float32)
-    shift = view(bias)
-
-    def apply(i, piece):
-        y = np.subtract(x[i, piece], middle[i], out=out[i, piece])
-        y *= scale[i]
-        y += shift
-        if then:
-            then(y, y)
-
-    share(apply, range(b), pieces, work=16 * x.size)
-    return mx.array(out.reshape(b, h, w, c)).astype(dtype)
-
-
-def cpu_layer_norm(x, weight, bias):
-    c, weight, bias = x.shape[-1], view(weight), view(bias)
-    flat = view(x).reshape(-1, c)
-    out = scratch("out", *flat.shape)
-
-    def norm(at):
-        y = np.subtract(flat[at], flat[at].mean(1, keepdims=True), out=out[at])
-        variance = np.einsum("nc,nc->n", y, y)[:, None] / np.float32(c)
-        y *= 1 / np.sqrt(variance + np.float32(1e-5))
-        y *= weight
-        y += bias
-
-    share(norm, cut(len(flat), max(1, (1 << 18) // c)), work=16 * x.size)
-    return mx.array(out.reshape(x.shape)).astype(x.dtype)
-
-
-def cpu_attention(q, k, v, heads, causal=False):
-    """A few hundred rows of scores at a time, so that they stay in the cache.
-
-    A column of ones beside v makes the product that mixes v also sum each row of weights.
-    """
-    dtype, (b, n, c) = q.dtype, q.shape
-    if c % heads:
-        raise ValueError(f"{c} channels can't be shared by {heads} heads.")
-    q, k, v = view(q), view(k), view(v)
-    m, d = k.shape[1], c // heads
-    out, ones = scratch("out", b, n, c), np.ones((m, 1), np.float32)
-
-    def block(i, head, rows):
-        at = slice(head * d, head * d + d)
-        scores = scratch("scores", rows.stop - rows.start, m)
-        np.matmul(q[i, rows, at] * np.float32(d**-0.5), k[i, :, at].T, out=scores)
-        if causal:
-            scores[np.arange(rows.start, rows.stop)[:, None] < np.arange(m)] = -np.inf
-        # The softmax does not change when a number is taken from a whole row. That is needed only
-        # where exp would leave float32's range, 1e-38 to 1e38; a row's largest counts.
-        top = scores.max(-1, keepdims=True)
-        if top.max() > 60 or top.min() < -60:
-            scores -= top
-        mixed = np.exp(scores, out=scores) @ np.concatenate([v[i, :, at], ones], axis=1)
-        np.divide(mixed[:, :-1], mixed[:, -1:], out=out[i, rows, at])
-
-    share(block, range(b), range(heads), cut(n, 256), work=2 * b * n * m * c)
-    return mx.array(out).astype(dtype)
-
-
-def twins(f, count=1):
-    """f, computed once where both halves of the batch are the same in its first arguments.
-
-    With guidance that is so until the UNet's first cross-attention, which is the first to see the
-    sentence: one of five self-attentions at full size among them, and three convolutions.
-    """
-
-    def same(x):
-        first, second = np.split(view(x), 2)
-        few = first.reshape(-1)[:64], second.reshape(-1)[:64]  # nearly always tells them apart
-        return np.array_equal(*few) and np.array_equal(first, second)
-
-    def run(*arguments):
-        batch, rest = arguments[:count], arguments[count:]
-        if len(batch[0]) % 2 or not all(same(x) for x in batch):
-            return f(*arguments)
-        y = f(*(x[: len(x) // 2] for x in batch), *rest)
-        return mx.concatenate([y, y])
-
-    return run
-
-
-def gpu_layer_norm(x, weight, bias):
-    return mx.fast.layer_norm(x, weight, bias, 1e-5)
-
-
-def gpu_attention(q, k, v, heads, causal=False):
-    b, n, c = q.shape
-    q, k, v = (y.reshape(b, -1, heads, c // heads).transpose(0, 2, 1, 3) for y in (q, k, v))
-    mask = "causal" if causal else None
-    y = mx.fast.scaled_dot_product_attention(q, k, v, scale=(c // heads) ** -0.5, mask=mask)
-    return y.transpose(0, 2, 1, 3).reshape(b, n, c)
-
-
-PLAIN = linear, conv2d, group_norm, layer_norm, attention
-PLAIN += silu, norm_silu, gelu, quick_gelu, geglu
-SILU = functools.partial(cpu_sigmoid_times, k=1)
-KERNELS = {
-    "plain": {f.__name__: f for f in PLAIN},
-    "cpu": {
-        "linear": twins(cpu_linear),
-        "geglu": cpu_geglu,
-        "conv2d": twins(cpu_conv2d),
-        "group_norm": cpu_group_norm,
-        "norm_silu": functools.partial(cpu_group_norm, then=SILU),
-        "layer_norm": cpu_layer_norm,
-        "attention": twins(cpu_attention, 3),
-        "silu": elementwise(SILU),
-        "gelu": elementwise(cpu_gelu),
-        "quick_gelu": elementwise(functools.partial(cpu_sigmoid_times, k=1.702)),
-    },
-    "gpu": {"layer_norm": gpu_layer_norm, "attention": gpu_attention},
-}
-
-
-def use_kernels(name):
-    """From now on the names of section 2 mean these functions: "plain", "cpu" or "gpu"."""
-    globals().update(KERNELS["plain"] | KERNELS[name])
-
-
-def compiled(network):
-    """On a GPU: the UNet as one graph, whose small steps MLX joins. t becomes an array, since each
-    new number would mean a new graph. Else the network itself.
-    """
-    if on_cpu() or not isinstance(network, nn.Module):
-        return network
-    graph = mx.compile(network)
-    return lambda x, t, context: graph(x, mx.array(t, mx.float32), context)
-
-
-def on_cpu():
-    return mx.default_device() == mx.Device(mx.cpu)
-
-
-def keep_memory():
-    """Ask glibc to keep the memory that one big array leaves for the next one.
-
-    It would give it back to the system and ask for it anew, and the system clears every page:
-    a VAE decode to 512 x 512 took 10 s that way, and takes 6.9 s so. Up to 1 GB stays.
-    """
-    M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
-    call_glibc("mallopt", M_MMAP_MAX, 0)
-    call_glibc("mallopt", M_TRIM_THRESHOLD, 1 << 30)
-
-
-def call_glibc(name, *arguments):
-    """Nothing where there is another C library."""
-    try:
-        function = getattr(ctypes.CDLL(None), name)
-    except (AttributeError, OSError, TypeError):
-        return
-    function(*arguments)
-
-
-if on_cpu():
-    use_kernels("cpu")
-    keep_memory()
-else:
-    use_kernels("gpu")
-
-
-# %% 17. Files, and less memory --------------------------------------------------------------------
-# A flat file is one safetensors file: every network's weights under the attribute paths of the
-# classes above (unet.down.1.0.conv1.weight), the tokenizer's merges as bytes, and in the header a
-# "config" with the numbers. That of Stable Diffusion 1.5:
+        expect(good, name, value, rule)
+    for name, n in (("width", width), ("height", height)):  # 8 pixels a latent, halved three times
+        expect(isinstance(n, integer), name, n, "a multiple of 64")
+        low = max(64, n // 64 * 64)
+        expect(n % 64 == 0 < n, name, n, f"a multiple of 64, such as {low} or {low + 64}")
+
+
+# ================================================================================= II. Variations
+
+# %% 10. Image to image, inpainting ----------------------------------------------------------------
+# Image to image: begin not with pure noise but with a picture to which noise was added only so far,
+# and walk the rest of the way with a prompt. What is large in it stays, as so little noise cannot
+# hide it; what is small is painted anew [8]. strength is how much of the way is walked: 0.3 touches
+# up, 0.75 keeps the layout, 1 keeps next to nothing.
 #
-#   {"kind": "model", "name": "Stable Diffusion 1.x", "size": 512, "prediction": "eps",
-#    "cfg": 7.5,
-#    "text": {"width": 768, "layers": 12, "heads": 12, "activation": "quick_gelu",
-#             "vocabulary": 49408, "pad": 49407},
-#    "unet": {"widths": [320, 640, 1280, 1280], "heads": [8, 8, 8, 8], "groups": 32,
-#             "context_width": 768},
-#    "vae": {"widths": [128, 256, 512, 512], "groups": 32, "scale": 0.18215}}
+# Watch: the noise must be that of the first timestep that is run. The original adds that of the
+# step before (scripts/img2img.py:259), so that x is noisier than its UNet is told.
 
 
-FORMAT = "sd.py 1"
+class ImageToImage(TextToImage):
+    """picture: (8h, 8w, 3) in [0, 1], sides multiples of 64; strength: above 0, at most 1."""
+
+    def __init__(self, picture, strength=0.75):
+        expect(0 < strength <= 1, "strength", strength, "more than 0 and at most 1")
+        self.picture, self.strength = mx.array(picture)[None], strength
+
+    def size(self, config, width, height):
+        own = self.picture.shape[2], self.picture.shape[1]
+        expect((width or own[0], height or own[1]) == own, "the size", (width, height), own)
+        return own
+
+    def timesteps(self, timesteps):  # the last ones, as many as strength says
+        count, most = int(self.strength * len(timesteps)), f"{len(timesteps)} steps"
+        expect(count, f"strength for {most}", self.strength, "enough for 1 step")
+        return timesteps[-count:]
+
+    def begin(self, sd, t, draw):
+        # As in diffusers the latents are drawn from the encoder's mean and variance: the first
+        # noise is for that, the second is what is added.
+        x0 = sd.encode(self.picture, draw())
+        return sd.schedule.add_noise(x0, draw(), t), x0, None
 
 
-def read_flat(path, kind="model"):
-    """-> (config, {name: array}) of a flat file, or ValueError saying what is wrong with it.
+# Inpainting: paint anew only where a mask says so. Elsewhere the clean latents x0 are known, and
+# with them the noise in x: eps = (x - sqrt(abar) x0) / sqrt(1 - abar). With that for an answer any
+# sampler walks the known part along to x0, while the UNet sees it around the part that it paints.
+# (diffusers puts the known part, with the noise of the beginning, into x after each step: the same,
+# where a sampler adds no noise of its own. The original does so before each call, with new noise.)
+# In the end the known pixels are pasted, with a soft edge, because the VAE changes them a little.
 
-    The arrays are read from the disk only when they are first used.
+
+class Inpaint(ImageToImage):
+    """mask: (8h, 8w), 1 where to paint."""
+
+    def __init__(self, picture, mask, strength=1.0):
+        super().__init__(picture, strength)
+        if not mask.any():  # without a mask: the picture is nowhere transparent or pure green
+            raise SDError("nothing is to be painted: no white in the mask, no hole in the picture.")
+        # A position of the latents is painted if any of its 8 x 8 pixels is.
+        small = mask.reshape(len(mask) // 8, 8, -1, 8).max((1, 3))
+        self.mask, self.small = mask, mx.array(small)[None, :, :, None]
+
+    def begin(self, sd, t, draw):
+        x0, noise = sd.encode(self.picture, draw()), draw()
+        x = sd.schedule.add_noise(x0, noise, t)
+        # At strength 1 nothing is kept of what is to be replaced.
+        return (mx.where(self.small > 0, noise, x) if self.strength == 1 else x), x0, None
+
+    def constrain(self, denoise, schedule, x0):
+        def known_or_asked(x, t):
+            known = x0, (x - math.sqrt(schedule.abar(t)) * x0) / math.sqrt(1 - schedule.abar(t))
+            return [mx.where(self.small > 0, a, k) for a, k in zip(denoise(x, t), known)]
+
+        return known_or_asked
+
+    def settle(self, x, x0):
+        return mx.where(self.small > 0, x, x0)
+
+    def finish(self, pictures):
+        mask = self.mask[..., None]
+        soft = np.maximum(mask, np.clip(2 * blur(mask, 4), 0, 1))  # 1 inside, 0 from 5 pixels on
+        known = np.array(self.picture[0]) * 255
+        mixed = [soft * np.asarray(picture) + (1 - soft) * known for picture in pictures]
+        return [Image.fromarray((pixels + 0.5).astype(np.uint8)) for pixels in mixed]
+
+
+# For models that were trained to inpaint (RunwayML's): their UNet sees nine channels, x, the mask,
+# and the latents of the picture with a grey hole. Its answers need no correction.
+class InpaintNine(Inpaint):
+    channels = 9
+
+    def begin(self, sd, t, draw):
+        x = draw() if self.strength == 1 else ImageToImage.begin(self, sd, t, draw)[0]
+        hole = mx.array(self.mask)[None, :, :, None]
+        seen = sd.encode(mx.where(hole > 0.5, 0.5, self.picture), draw())  # (b, h, w, 4)
+        # Trained with one pixel of each 8 x 8 for the mask, not with the largest.
+        small = mx.repeat(hole[:, ::8, ::8], len(seen), axis=0)
+        return x, None, mx.concatenate([small, seen], axis=-1)
+
+    constrain, settle = TextToImage.constrain, TextToImage.settle
+
+
+def inpainting(config, picture, mask, strength=1.0):
+    """-> the task of inpainting for a model with this Config."""
+    nine = config.unet.get("channels", 4) == 9
+    return (InpaintNine if nine else Inpaint)(picture, mask, strength)
+
+
+IMAGE_ERRORS = (OSError, ValueError, SyntaxError, RuntimeError, TypeError, EOFError, OverflowError)
+IMAGE_ERRORS += (Image.DecompressionBombError,)  # all that Pillow raises for damaged files
+
+
+def load_picture(file, width=None, height=None, green_is_hole=False):
+    """A picture of any kind -> (RGB (h, w, 3), what is opaque (h, w)), float32 in [0, 1].
+
+    file: a path, an open file or a PIL picture; turned as its EXIF note says, resized to width and
+    height, by default the nearest multiples of 64. green_is_hole: pure green counts as transparent,
+    which is not for masks and poses, where green is a colour.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(
-            f"no {kind} at {path}. Give one that is there, or make it with convert_weights.py."
-        )
     try:
-        # MLX trusts what the header says about sizes; safetensors checks it. So that goes first.
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is no safetensors file ({error}). {convert_it(path)}") from None
-    if metadata.get("format", "").startswith("sd.py") and metadata["format"] != FORMAT:
-        raise ValueError(f"{path} is of another version, {metadata['format']!r}. {AGAIN}")
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} was not made by convert_weights.py. {convert_it(path)}")
-    try:
-        weights = mx.load(str(path), format="safetensors")
-    except RuntimeError as error:
-        raise ValueError(f"{path} can't be read: {error}.") from None
-    try:
-        config = json.loads(metadata.get("config", ""))
-        is_a = config["kind"]
-        config.pop("words", None)  # these come from files of their own (section 11)
-    except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} has a damaged config ({error}). {AGAIN}") from None
-    if is_a != kind:
-        raise ValueError(f"{path} is a {is_a}, and a {kind} is needed.")
-    parts = {name.split(".")[0] for name in weights}
-    whole = parts - {"safety"} == PARTS and "tokenizer.merges" in weights
-    if kind == "model" and not whole:
-        raise ValueError(f"{path} has the parts {', '.join(sorted(parts))}. {AGAIN}")
-    return config, weights
-
-
-PARTS = {"tokenizer", "text_encoder", "unet", "vae"}
-
-
-def networks(config, path):
-    """-> the TextEncoder, UNet and VAE that a config describes, still without weights."""
-    try:
-        check_config(config)
-        numbers = {part: dict(config[part]) for part in ("text", "unet", "vae")}
-        numbers["text"].pop("pad")
-        numbers["vae"].pop("scale")
-        return TextEncoder(**numbers["text"]), UNet(**numbers["unet"]), VAE(**numbers["vae"])
-    except CAN_NOT_BE as error:
-        raise ValueError(f"{path} has a config that can't be ({error!r}). {AGAIN}") from None
-
-
-CAN_NOT_BE = (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError, RuntimeError)
-
-
-def check_unet(unet):
-    numbers = [*unet["widths"], *unet["heads"], unet["groups"], unet["context_width"]]
-    numbers.append(unet.get("channels", 4))
-    if not all(type(n) is int and 0 < n < 1 << 20 for n in numbers):
-        raise ValueError("a number of the UNet")
-    if any(c % unet["groups"] or c % heads for c, heads in zip(unet["widths"], unet["heads"])):
-        raise ValueError("heads or groups of the UNet")
-
-
-def check_config(config):
-    """ValueError or TypeError for numbers that would fail later, or paint something wrong."""
-    text, unet, vae = config["text"], config["unet"], config["vae"]
-    check_unet(unet)
-    right = {
-        "size": config["size"] % 64 == 0 < config["size"],
-        "cfg": math.isfinite(config["cfg"]),
-        "prediction": config["prediction"] in ("eps", "v"),
-        "activation": text["activation"] in ("quick_gelu", "gelu"),
-        # MLX does not check the rows it takes from a table: beyond its end is beyond its memory.
-        "vocabulary": text["vocabulary"] > END,
-        "pad": 0 <= text["pad"] < text["vocabulary"],
-        "text heads": text["width"] % text["heads"] == 0,
-        "groups": all(c % vae["groups"] == 0 for c in vae["widths"]),
-        "scale": 0 < vae["scale"] < math.inf,
-    }
-    if wrong := [name for name, good in right.items() if not good]:
-        raise ValueError(", ".join(wrong))
-
-
-AGAIN = "Make it again from the checkpoint, with convert_weights.py."
-
-
-def convert_it(path):
-    return (
-        f"Make a flat file of it once:\n       python convert_weights.py {shlex.quote(str(path))}"
-    )
-
-
-def fill(network, weights, prefix, dtype):
-    """Give a network its weights: each parameter one tensor of its shape, none left over.
-
-    They are still on the disk: MLX reads each when it is first used. On a CPU matrices that have
-    16 bits in the file keep them, for section 16 widens them in passing; it takes half the memory.
-    """
-    start = prefix + "."
-    given = {name[len(start) :]: w for name, w in weights.items() if name.startswith(start)}
-    wanted = {name: p.shape for name, p in tree_flatten(network.parameters())}
-    missing = sorted(wanted.keys() - given.keys())
-    unknown = sorted(given.keys() - wanted.keys())
-    misfits = sorted(n for n in wanted.keys() & given.keys() if wanted[n] != given[n].shape)
-    if missing or unknown or misfits:
-        raise ValueError(
-            f"the model file does not fit: {prefix} has {len(missing)} tensors missing, "
-            f"{len(unknown)} unknown, {len(misfits)} of the wrong shape; the first: "
-            f"{(missing + unknown + misfits)[0]}. {AGAIN}"
-        )
-    for name, w in given.items():
-        narrow = on_cpu() and w.ndim > 1 and "embedding" not in name and w.dtype.size < dtype.size
-        given[name] = w if narrow else w.astype(dtype)
-    network.load_weights(list(given.items()))
-
-
-def in_tiles(f, x, size, step_in, step_out):
-    """f(x) computed on overlapping squares, which are blended where they overlap.
-
-    x (b, h, w, c); size: of a square, in latents; step_in, step_out: what one latent is in x and in
-    f(x), so 1 and 8 to decode, 8 and 1 to encode. Up to size it is f(x) itself. Beyond, each square
-    has its own GroupNorm, so that the result is not the same; the ramps hide where one ends.
-    """
-    h, w = x.shape[1] // step_in, x.shape[2] // step_in
-    if max(h, w) <= size:
-        return f(x)
-
-    def starts(n):  # evenly, overlapping by a quarter or more
-        count = 1 if n <= size else -(-(n - size) // (size * 3 // 4)) + 1
-        return [round(i * (n - size) / max(1, count - 1)) if n > size else 0 for i in range(count)]
-
-    def ramp(n):  # 1, 2 ... in the middle ... 2, 1
-        n *= step_out
-        return np.minimum(np.arange(1, n + 1), np.arange(n, 0, -1)).astype(np.float32)
-
-    total = None
-    for top, left in itertools.product(starts(h), starts(w)):
-        height, width = min(size, h), min(size, w)
-        rows, columns = (
-            slice(start * step_in, (start + n) * step_in)
-            for start, n in ((top, height), (left, width))
-        )
-        y = np.array(f(x[:, rows, columns]))
-        if total is None:
-            total = np.zeros((len(y), h * step_out, w * step_out, y.shape[-1]), np.float32)
-            weights = np.zeros((h * step_out, w * step_out, 1), np.float32)
-        at = np.s_[
-            top * step_out : (top + height) * step_out, left * step_out : (left + width) * step_out
-        ]
-        weight = (ramp(height)[:, None] * ramp(width))[:, :, None]
-        total[:, *at] += weight * y
-        weights[at] += weight
-    return mx.array(total / weights)
-
-
-class OneByOne:
-    """A network, called for one picture of the batch after another."""
-
-    def __init__(self, network):
-        self.network = network
-
-    def __call__(self, *arguments):
-        out = []
-        for i in range(len(arguments[0])):
-            one = tree_map(lambda a, i=i: a[i : i + 1] if isinstance(a, mx.array) else a, arguments)
-            out.append(self.network(*one))
-            mx.eval(out)
-        return mx.concatenate(out)
-
-
-class InTiles:
-    """A VAE that works on squares of the size it was trained on."""
-
-    def __init__(self, network, size):
-        self.network, self.size = network, size
-
-    def decode(self, x):
-        return in_tiles(self.network.decode, x, self.size, 1, 8)
-
-    def encode(self, pictures):
-        both = in_tiles(
-            lambda p: mx.concatenate(self.network.encode(p), -1), pictures, self.size, 8, 1
-        )
-        return mx.split(both, 2, axis=-1)
-
-
-class LowMemory(StableDiffusion):
-    """StableDiffusion with one network in memory at a time, batches of one, and a VAE in tiles.
-
-    The pictures are the same up to rounding where they fit one tile, the size the model was trained
-    on. The price is reading the weights again for each run. ControlNets stay in memory.
-    """
-
-    def read(self):
-        self.text_encoder, self.unet = OneByOne(self.text_encoder), OneByOne(self.unet)
-        self.vae = InTiles(self.vae, self.config["size"] // 8)
-
-    def let_go(self, name, network, dtype):
-        """Forget a network's weights until it is called again."""
-        fill(network, self.open()[1], name, dtype)
-        mx.clear_cache()
-        call_glibc("malloc_trim", 0)  # also what keep_memory keeps
-
-    def guided(self, *arguments):
-        self.let_go("vae", self.vae.network, mx.float32)
-        eps_at = super().guided(*arguments)
-        self.let_go("text_encoder", self.text_encoder.network, self.dtype)
-        return eps_at
-
-    def decode(self, x):
-        self.let_go("unet", self.unet.network, self.dtype)
-        return super().decode(x)
-
-    def encode(self, *arguments):
-        x = super().encode(*arguments)
-        mx.eval(x)
-        self.let_go("vae", self.vae.network, mx.float32)
-        return x
-
-
-# %% 18. Command line ------------------------------------------------------------------------------
-# Options, messages, files. Whatever can be wrong is found out before the painting begins, and said
-# in one message: what, with which value, and what to do now. No file that is there is overwritten.
-
-
-def check_options(steps, cfg, sampler, width, height, n_images, rng):
-    """ValueError for whatever generate_latents can't do."""
-    for name, value in (("width", width), ("height", height)):
-        if value % 64 or value < 64:
-            low = max(64, value // 64 * 64)
-            raise ValueError(
-                f"{name} {value} is not a multiple of 64. The UNet halves the latents three times, "
-                f"and they are 1/8 of the picture. Nearest: {low} or {low + 64}."
-            )
-    if not 1 <= steps <= 999:
-        raise ValueError(f"steps {steps} can't be: at least 1, at most 999. 20 to 50 are usual.")
-    if not math.isfinite(cfg):
-        raise ValueError(f"cfg {cfg} can't be: a number, 1 for none, 7.5 for the usual.")
-    if n_images < 1:
-        raise ValueError(f"n_images {n_images} can't be: at least 1.")
-    for name, value, known in (("sampler", sampler, SAMPLERS), ("rng", rng, RNGS)):
-        if value not in known:
-            raise ValueError(f"{name} {value!r} is not known. There are: {', '.join(known)}.")
-
-
-def stop(message):
-    """End with exit status 2 and no traceback."""
-    print(f"sd.py: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def header_of(path):
-    """A flat file's metadata; {} for whatever is no safetensors file."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError):
-        return {}
-
-
-def flat_file(path):
-    """path, or for another program's file what convert_weights.py makes of it, once."""
-    if not path.exists() or header_of(path).get("format", "").startswith("sd.py"):
-        return path  # a path that is not there gets its message from read_flat
-    if not (HERE / "convert_weights.py").is_file():
-        raise ValueError(f"{path} was not made by convert_weights.py. {convert_it(path)}")
-    import convert_weights
-
-    return convert_weights.flat_file(path, functools.partial(print, file=sys.stderr))
-
-
-def free_name(path):
-    """path, or the first of path-2, path-3 ... that is not taken: no picture is overwritten.
-
-    It is taken at once, by an empty file, for other processes may be looking for names, too.
-    """
-    for i in range(1, 10**9):
-        name = path.with_stem(f"{path.stem}-{i}") if i > 1 else path
-        try:
-            open(name, "xb").close()
-        except FileExistsError:
-            continue
-        return name
-
-
-def check_output(path):
-    if not path.name.lower().endswith(".png") or path.suffix == "":
-        raise ValueError(f"--output {path}: the one kind of file that is written is NAME.png.")
-    if not path.parent.is_dir():
-        raise ValueError(f"--output {path}: there is no folder {path.parent}. Make it first.")
-    try:
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise ValueError(
-            f"--output {path}: its folder can't be written ({error.strerror})."
-        ) from None
-    if len(os.fsencode(path.name)) > 220:  # systems allow 255, and numbers may have to go in
-        raise ValueError(f"--output {path}: the name is too long.")
-
-
-# The names that other programs use for our options in a PNG, and how to read what stands there.
-OTHER_NAMES = {
-    "euler a": "euler-a", "dpm++ 2m": "dpm++", "dpm++ 2m karras": "dpm++-karras",
-    "cpu": "torch", "nv": "philox", "gpu": "philox",
-}  # fmt: skip
-known_as = lambda name: OTHER_NAMES.get(name.lower(), name.lower())
-PARAMETERS = {
-    "Steps": ("steps", int), "Sampler": ("sampler", known_as), "CFG scale": ("cfg", float),
-    "Seed": ("seed", int), "RNG": ("rng", known_as), "dtype": ("dtype", str),
-    "Denoising strength": ("strength", float), "Image": ("image", Path), "Mask": ("mask", Path),
-    "Clip skip": ("clip_skip", int), "Lora": ("lora", shlex.split), "Words": ("words", shlex.split),
-    "ControlNet": ("controlnet", shlex.split), "Control image": ("control_image", shlex.split),
-    "Model file": ("model", Path), "Plain prompt": ("plain_prompt", "True".__eq__),
-    "Low memory": ("low_memory", "True".__eq__),
-}  # fmt: skip
-
-
-def parameters(args, prompt, seed, width, height, images=1):
-    """What makes the picture again, as other tools write it: the PNG's "parameters" text."""
-    found = {"Steps": args.steps, "Sampler": args.sampler.upper(), "CFG scale": args.cfg}
-    found |= {"Seed": seed, "Size": f"{width}x{height}", "Model": args.model.stem}
-    for name, (option, kind) in PARAMETERS.items():
-        value = getattr(args, option)
-        if value not in (None, [], False, TINY):
-            found.setdefault(name, shlex.join(value) if kind is shlex.split else value)
-    found |= {"Images": images, "Version": "sd.py"}
-    quote = lambda v: json.dumps(str(v)) if set(str(v)) & set(',:"\n') else v
-    negative = f"\nNegative prompt: {args.negative_prompt}" if args.negative_prompt else ""
-    return f"{prompt}{negative}\n" + ", ".join(f"{name}: {quote(v)}" for name, v in found.items())
-
-
-def read_parameters(path):
-    """-> {option: value} from a PNG's "parameters"."""
-    try:
-        with Image.open(path) as image:
-            text = image.info.get("parameters")
+        image = ImageOps.exif_transpose(file if isinstance(file, Image.Image) else Image.open(file))
+        if image.mode.startswith("I"):  # grey with 16 bits; Pillow would cut it off at 255
+            image = Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8))
+        pixels = np.array(image.convert("RGBA"))
     except FileNotFoundError:
-        raise
-    except DAMAGED as error:
-        raise ValueError(f"--from-png {path}: {error}") from None
-    if not isinstance(text, str) or "\nSteps: " not in text:
-        raise ValueError(f"--from-png {path}: it does not say how it was made.")
-    text, _, line = text.rpartition("\nSteps: ")
-    prompt, _, negative = text.partition("\nNegative prompt: ")
-    options = {"prompt": prompt, "negative_prompt": negative}
-    pattern = r'\s*([^:,]+): ("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)'
-    try:
-        for name, value in regex.findall(pattern, "Steps: " + line):
-            value = json.loads(value) if value.startswith('"') else value
-            if name == "Size":
-                options["width"], options["height"] = map(int, value.split("x"))
-            elif name in PARAMETERS:
-                option, kind = PARAMETERS[name]
-                options[option] = kind(value)
-    except ValueError as error:
-        raise ValueError(f"--from-png {path}: its parameters can't be read ({error}).") from None
-    if "image" not in options:  # AUTOMATIC1111's, for a step that enlarges ("hires fix")
-        options.pop("strength", None)
-    return options
+        raise SDError(f"there is no file {file}. Is the name right?") from None
+    except IMAGE_ERRORS as error:
+        raise SDError(f"{file} is not readable as a picture: {error}") from None
+    if green_is_hole:  # before resizing mixes it with others
+        pixels[(pixels[..., :3] == (0, 255, 0)).all(2), 3] = 0
+    image = Image.fromarray(pixels)
+    near_width, near_height = (max(64, round(n / 64) * 64) for n in image.size)
+    size = (width or near_width, height or near_height)
+    if size != image.size:
+        name = Path(file).name if isinstance(file, (str, Path)) else "the picture"
+        print("{}: resized {} x {} to {} x {}".format(name, *image.size, *size), file=sys.stderr)
+        image = image.resize(size, Image.LANCZOS)
+    pixels = np.asarray(image, np.float32) / 255
+    return pixels[..., :3], pixels[..., 3]
 
 
-def save(picture, path, text):
-    """Write under another name first, so that a full disk can't leave half a picture."""
-    info = PngImagePlugin.PngInfo()
-    info.add_text("parameters", text.encode(errors="replace").decode())
-    number, part = tempfile.mkstemp(suffix=".part", dir=path.parent)
-    try:
-        with open(number, "wb") as file:
-            picture.save(file, format="PNG", pnginfo=info)
-        os.chmod(part, 0o644)  # mkstemp's files are for their owner only
-        path = free_name(path)
-        os.replace(part, path)
-    except BaseException:
-        os.unlink(part)
-        raise
-    print(f"saved {path}")
+def picture_and_mask(image, mask=None, width=None, height=None):
+    """-> picture (8h, 8w, 3), mask (8h, 8w), 1 where to paint: where the mask is white. Without one
+    it is where the picture is transparent or pure green, and there it gets the colours around.
+    """
+    picture, opaque = load_picture(image, width, height, green_is_hole=True)
+    if mask is not None:
+        return picture, np.float32(load_picture(mask, *opaque.shape[::-1])[0].mean(2) > 0.5)
+    hole = np.float32(opaque < 0.5)
+    known = (1 - hole)[..., None]
+    mean = (picture * known).sum((0, 1)) / max(1, known.sum())  # far from the hole's edge
+    around = (blur(picture * known, 16) + 1e-3 * mean) / (blur(known, 16) + 1e-3)
+    return picture * known + around * hole[..., None], hole
 
 
-def grid(pictures, rows):
-    """Pictures of one size in rows, left to right, top to bottom; black where there are too few."""
-    columns = -(-len(pictures) // rows)
-    w, h = pictures[0].size
-    sheet = Image.new("RGB", (columns * w, rows * h))
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i % columns * w, i // columns * h))
-    return sheet
+def blur(x, radius):
+    """(h, w, c) -> the average over the square of that radius around each pixel."""
+    for axis in (0, 1):
+        n = x.shape[axis]
+        total = np.insert(np.cumsum(x, axis, dtype=np.float64), 0, 0, axis)
+        last, first = np.minimum(np.arange(n) + radius + 1, n), np.maximum(np.arange(n) - radius, 0)
+        count = (last - first).reshape(-1, *[1] * (2 - axis))
+        x = (total.take(last, axis) - total.take(first, axis)) / count
+    return np.float32(x)
 
 
-def show_tokens(sd, text):
-    """How section 13 reads the prompt, or with --plain-prompt section 1."""
-    if sd.plain_prompt:
-        words = [(*word, 1.0) for word in sd.tokenizer.words(text)]
-        counts = [sum(len(ids) for _, _, ids, _ in words)]
-    else:
-        words, counts = read_words(sd, text), map(len, chunks(sd, text))
-    for word, pieces, ids, weight in words:
-        times = "" if weight in (None, 1.0) else f"  x {weight:.3g}"
-        print(f"{word:20s} {' '.join(pieces):30s} {' '.join(map(str, ids))}{times}".rstrip())
-    print(" + ".join(map(str, counts)), "of 75 tokens")
+# %% 11. More samplers -----------------------------------------------------------------------------
+# All ask the same question, denoise(x, t), and differ in how they go on from the answer, in the
+# coordinates of section 7 [9]: y = x / sqrt(abar) = x0 + sigma eps, where dy/dsigma is eps, and
+# hypot(1, sigma) is 1 / sqrt(abar). They start at the sigma of their first timestep (13.1 at 981,
+# 14.6 at 999) and go down to 0, where nothing is left in. (k-diffusion starts at 999; here all but
+# one take PLMS's timesteps, and paint other pictures. sd_more/samplers.py has two more.)
 
 
-PROMPT = "a red house on the grass at sunset"
+def in_sigmas(walk):  # walk(ask, y, sigmas, draw), in these coordinates; ask(y, i) -> (x0, eps)
+    def sample(denoise, x, timesteps, schedule, draw=None, **options):
+        sigmas = [*map(schedule.sigma, timesteps), 0.0]
+        scales = [math.hypot(1, sigma) for sigma in sigmas]
+
+        def ask(y, i):
+            return denoise(y / scales[i], timesteps[i])
+
+        for i, y in enumerate(walk(ask, x * scales[0], sigmas, draw, **options), 1):
+            yield y / scales[i]
+
+    return sample
 
 
-def with_number(text):
-    """FILE or FILE:NUMBER -> path, number; 1 if there is none."""
-    if Path(text).exists():
-        return Path(text), 1.0
-    file, colon, number = text.rpartition(":")
-    try:
-        path, number = (file, float(number)) if colon and file else (text, 1.0)
-    except ValueError:  # a colon in the name
-        path, number = text, 1.0
-    if not math.isfinite(number):
-        raise ValueError(f"{text}: {number} can't be. Give a number, 1 for the usual.")
-    return Path(path), number
+@in_sigmas
+def sample_euler(ask, y, sigmas, draw, eta=0):
+    """DDIM, but for its last step, which goes all the way to x0. With eta 1 it is ancestral: go
+    down further than asked and come back with new noise, so that the variances add up. That covers
+    old errors, and no longer follows the one equation: more steps give another picture.
+    """
+    for i, (now, then) in enumerate(itertools.pairwise(sigmas)):
+        _, eps = ask(y, i)
+        up = eta * then * math.sqrt(max(0, 1 - (then / now) ** 2))
+        y = y + (math.sqrt(then**2 - up**2) - now) * eps + (up * draw() if eta else 0)
+        yield y
 
 
-def model_of(args):
-    """-> the StableDiffusion that the options describe."""
-    changes = [lora(flat_file(path), strength) for path, strength in map(with_number, args.lora)]
-    changes += [words(flat_file(Path(path))) for path in args.words]
-    changes += [clip_skip(args.clip_skip)] if args.clip_skip is not None else []
-    model = LowMemory if args.low_memory else StableDiffusion
-    sd = model(flat_file(args.model), args.dtype, changes)
-    sd.plain_prompt = args.plain_prompt
-    if args.safety_check:
-        sd.checked([])  # so that a damaged one is noticed now
-    args.dtype = str(sd.dtype).removeprefix("mlx.core.")
-    args.cfg = sd.config["cfg"] if args.cfg is None else args.cfg
-    return sd
+@in_sigmas
+def sample_dpm_2m(ask, y, sigmas, draw):
+    """DPM-Solver++(2M) [10]: follow x0 instead of eps; near the end it hardly changes, while eps
+    does, and with strong guidance high orders in eps become unstable. For a constant x0, y's
+    distance to it shrinks by then / now. So take x0 in the middle of the coming step, by a straight
+    line through the last two over log sigma; r is the last step's length over this one's.
+    """
+    old = None
+    for i, (now, then) in enumerate(itertools.pairwise(sigmas)):
+        x0, _ = ask(y, i)
+        toward = x0
+        if old is not None and then > 0:
+            r = math.log(sigmas[i - 1] / now) / math.log(now / then)
+            toward = x0 + (x0 - old) / (2 * r)
+        y, old = toward + then / now * (y - toward), x0
+        yield y
 
 
-def way_of(sd, args):
-    """-> how to go from noise to picture, as section 8 or 9 does; None: the usual way."""
-    nine = sd.config["unet"].get("channels") == 9
-    if args.image is None:
-        for option in ("mask", "strength"):
-            if getattr(args, option) is not None:
-                raise ValueError(f"--{option} needs a picture, --image FILE.")
-        if nine:
-            raise ValueError(f"{args.model} paints into pictures only: give --image and --mask.")
+def karras_spacing(schedule, steps):
+    """Sigmas evenly spaced in their 7th root [9, eq. 5], smaller steps near the end -> the t that
+    have them. As in diffusers' DPM-Solver the UNet is told the nearest whole one, in k-diffusion t.
+    """
+    last = len(schedule.log_sigmas) - 1
+    high, low = schedule.sigma(last) ** (1 / 7), schedule.sigma(0) ** (1 / 7)
+    sigmas = [(high + (low - high) * i / max(1, steps - 1)) ** 7 for i in range(steps)]
+    return [float(np.interp(math.log(s), schedule.log_sigmas, range(last + 1))) for s in sigmas]
+
+
+SPACINGS["karras"] = karras_spacing
+SAMPLERS |= {
+    "euler": Sampler(sample_euler),
+    "euler-a": Sampler(functools.partial(sample_euler, eta=1)),
+    "dpm++": Sampler(sample_dpm_2m),
+    "dpm++-karras": Sampler(sample_dpm_2m, "karras"),
+}
+
+
+# %% 12. LoRA, clip skip ---------------------------------------------------------------------------
+# What changes a model when it is loaded: functions that take and give (config, {name: array}), for
+# StableDiffusion(changes=[...]). None of it costs time when painting. A LoRA changes matrices by
+# products of two thin ones [12], so that a style or a face is a file of some megabytes:
+#
+#     W + strength up @ down        up (o, r), down (r, c), with a rank r of 4 to 128
+#
+# A convolution's down is (r, k, k, c), read as (r, k k c); some split it, into a 1 x 1 down (m, c)
+# and a 3 x 3 middle (r, 3, 3, m). The converter has put the file's own factor, alpha / r, into up.
+#
+# Clip skip leaves out the text model's last layers, as some models were trained to do.
+
+
+def lora(path, strength=1.0):
+    """path: a flat file. The changed weights are float32. Raises SDError."""
+
+    def change(config, weights):
+        _, parts = read_flat(path, "lora")
+        changed = {}
+        for name in sorted({name.rpartition(".")[0] for name in parts}):
+            weight = weights.get(f"{name}.weight")
+            product = lora_product(*(parts.get(f"{name}.{p}") for p in ("up", "down", "middle")))
+            if weight is None or product is None or product.size != weight.size:
+                raise SDError(f"{path} is for another model, or damaged: {name} does not fit.")
+            product = strength * product.reshape(weight.shape)
+            changed[f"{name}.weight"] = weight.astype(mx.float32) + product
+        return config, weights | changed
+
+    return change
+
+
+def lora_product(up, down, middle):  # -> (o, k k c); None where these do not fit together
+    parts = (up, down) if middle is None else (up, down, middle)
+    if any(part is None or part.ndim < 2 or not part.size for part in parts):
         return None
-    picture, opaque = load_picture(args.image, args.width, args.height, green_is_hole=True)
-    args.height, args.width, _ = picture.shape
-    mask, picture = find_mask(picture, opaque, args.mask)
-    if args.mask or mask.mean() > 0.005:  # not for a few green or transparent pixels
-        args.strength = 1.0 if args.strength is None else args.strength
-        way = Inpainting(sd, picture, mask, args.strength)
-        print(f"painting {mask.mean():.0%} of {args.image.name}", file=sys.stderr)
-        return way
-    if nine:
-        raise ValueError(f"{args.model} paints into pictures only: say where, with --mask.")
-    args.strength = 0.75 if args.strength is None else args.strength
-    return FromPicture(sd, picture, args.strength)
+    down = down.astype(mx.float32).reshape(len(down), -1)
+    if middle is not None:
+        if middle.shape[-1] != len(down):
+            return None
+        rows = middle.astype(mx.float32).reshape(-1, len(down))
+        down = (rows @ down).reshape(len(middle), -1)
+    return up.astype(mx.float32) @ down if up.shape[1:] == (len(down),) else None
 
 
-def with_controls(sd, args):
-    if not args.controlnet and not args.control_image:
-        return sd
-    if len(args.controlnet) != len(args.control_image):
-        raise ValueError(
-            f"{len(args.controlnet)} --controlnet and {len(args.control_image)} --control-image: "
-            "each of the first needs one of the second."
-        )
-    width, height = (n or sd.config["size"] for n in (args.width, args.height))
-    controls = []
-    for (path, weight), image in zip(map(with_number, args.controlnet), args.control_image):
-        picture, _ = load_picture(image, width, height)
-        controls.append((ControlNet(flat_file(path), sd.dtype), picture, weight))
-    return sd.controlled(*controls)
+def clip_skip(count):
+    """End the text model at its count-th layer from the end: 1 leaves out none."""
+
+    def change(config, weights):
+        layers = config.text["layers"]
+        good = type(count) is int and 1 <= count <= layers
+        expect(good, "clip_skip", count, f"1 (all layers) to {layers}")
+        return replace(config, text=config.text | {"skip": count - 1}), weights
+
+    return change
 
 
-def read_prompts(path):
-    try:
-        lines = path.read_text("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--prompts {path}: it is no text in UTF-8 ({error}).") from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"--prompts {path}: it is empty. Write one prompt on each line.")
-    return prompts
+# %% 13. ControlNet --------------------------------------------------------------------------------
+# A second network that sees a picture (1, 8h, 8w, 3), of edges, depth or a pose, beside x, t and
+# context, and corrects the UNet [11]: a copy of its way down and middle, trained further, whose
+# results pass through 1 x 1 layers and are added to the 12 skip connections and to x in the middle.
+# Those layers began as zeros, so that at first nothing changed. Several can be added, each with a
+# weight. (github.com/lllyasviel/ControlNet, cldm/cldm.py)
 
 
-def share_of_this_process(prompts, n_images):
-    """Yield (prompt, number of its first picture, how many, number of that among all).
+class ControlNetwork(nn.Module):
+    def __init__(self, widths, heads, groups, context_width):
+        super().__init__()
+        c1, c2, c3, c4 = widths
+        copied = UNet(widths, heads, groups, context_width)
+        self.c1, self.time1, self.time2 = c1, copied.time1, copied.time2
+        self.down, self.middle = copied.down, copied.middle
+        sees, strides = (3, 16, 16, 32, 32, 96, 96, 256, c1), (1, 1, 2, 1, 2, 1, 2, 1)
+        self.picture = [Conv(*cs, stride) for *cs, stride in zip(sees, sees[1:], strides)]
+        rows = c1, c1, c1, c1, c2, c2, c2, c3, c3, c3, c4, c4, c4
+        self.zero = [Linear(c, c) for c in rows]
 
-    Started with mlx.launch -n 2 python sd.py ..., two processes paint half of the pictures each.
-    """
-    group = mx.distributed.init()
-    everything = list(itertools.product(range(len(prompts)), range(n_images)))
-    start, end = (len(everything) * (group.rank() + k) // group.size() for k in (0, 1))
-    mine = enumerate(everything[start:end], start)
-    for k, pictures in itertools.groupby(mine, key=lambda picture: picture[1][0]):
-        pictures = list(pictures)
-        yield prompts[k], pictures[0][1][1], len(pictures), pictures[0][0]
+    def look(self, picture):  # (1, 8h, 8w, 3) -> a hint (1, h, w, c1), the same at all steps
+        for layer in self.picture[:-1]:
+            picture = ACTIVATIONS["silu"](layer(picture))
+        return self.picture[-1](picture)
+
+    def __call__(self, x, t, context, hint):
+        x, skips, _ = go_down(self, x, t, context, hint.astype(x.dtype))
+        return [zero(y) for zero, y in zip(self.zero, [*skips, x])]
 
 
-def paint(sd, args, way, prompts):
-    """Every prompt's pictures, or this process's share of them."""
-    for text in [*prompts, args.negative_prompt] if args.plain_prompt else []:
-        if unread := sd.tokenizer.unread(text):
-            print(f'sd.py: the prompt is too long. Not read: "{unread}"', file=sys.stderr)
-    for prompt, first, count, number in share_of_this_process(prompts, args.n_images):
-        paint_prompt(sd, args, way, prompt, args.seed + first, count, number)
+class ControlNet:
+    """path: a flat file; dtype: as StableDiffusion's. Raises SDError."""
+
+    def __init__(self, path, dtype=None):
+        config, weights = read_flat(path, "controlnet")
+        # pool: some, such as shuffle's, correct all positions alike.
+        self.path, self.unet, self.pool = path, config["unet"], config["pool"]
+        self.network = ControlNetwork(**self.unet)
+        load_weights(self.network, weights, "controlnet")
+        accelerate(self.network, choose_dtype(dtype))
 
 
-def paint_prompt(sd, args, way, prompt, seed, count, number):
-    """Run the generator, say after each step how long the rest will take, and save the pictures.
+def read_controls(sd, controls):  # (ControlNet, picture, weight) each -> with hint for picture
+    for net, _, _ in controls:
+        if any(net.unet[name] != sd.config.unet[name] for name in ("widths", "context_width")):
+            raise SDError(f"{net.path} is a ControlNet for another model than {sd.path}.")
+    return [(net, net.network.look(mx.array(picture)[None]), w) for net, picture, w in controls]
 
-    number: that of the first picture among those of all processes.
-    """
 
-    def finished(x):
-        pictures = sd.to_pictures(x, args.decode_batch)
-        pictures = way.finish(pictures) if way else pictures
-        pictures, flagged = sd.checked(pictures) if args.safety_check else (pictures, [])
-        for i in flagged:
-            print(f"sd.py: the safety checker blacked out seed {seed + i}", file=sys.stderr)
-        return pictures
+def correct(controls, x, t, context):  # -> the sums of all corrections, 13 arrays, or ()
+    each = []
+    for net, hint, weight in controls:
+        corrections = net.network(x, t, context, hint)
+        if net.pool:
+            corrections = [y.mean((1, 2), keepdims=True) for y in corrections]
+        each.append([weight * y for y in corrections])
+    return tuple(sum(ys).astype(x.dtype) for ys in zip(*each))
 
-    def keep(picture, k, step=None, images=1, size=None):
-        path = args.output
-        if mx.distributed.init().size() > 1 and number + k:  # not the names of other processes
-            path = path.with_stem(f"{path.stem}-{number + k + 1}")
-        path = path if step is None else path.with_stem(f"{path.stem}-step-{step:03d}")
-        save(picture, path, parameters(args, prompt, seed + k, *(size or picture.size), images))
 
-    names = "negative_prompt", "steps", "cfg", "sampler", "width", "height", "rng"
-    options = {name: getattr(args, name) for name in names}
-    options["variations"] = [way.vary] if way else []
-    steps = len(way.rest(range(args.steps))) if way else args.steps
-    end = "\r" if sys.stderr.isatty() else "\n"
-    start = time.perf_counter()
-    walk = sd.generate_latents(prompt, seed=seed, n_images=count, **options)
-    for i, x in enumerate(walk, 1):
-        pace = (time.perf_counter() - start) / i
-        line = f"step {i}/{steps}  {pace:.2f} s a step  {pace * (steps - i):.0f} s left "
-        print(line, end=end if i < steps else "\n", file=sys.stderr, flush=True)
-        if args.save_every and i % args.save_every == 0 and i < steps:
-            for k, picture in enumerate(finished(x)):
-                keep(picture, k, step=i, images=f"step {i}")
-    pictures = finished(x)
-    if args.n_rows:
-        images, size = f"{count} in {args.n_rows} rows", pictures[0].size
-        keep(grid(pictures, args.n_rows), 0, images=images, size=size)
-    else:
-        for k, picture in enumerate(pictures):
-            keep(picture, k)
+# ================================================================================ III. Command line
+
+# %% 14. Command line ------------------------------------------------------------------------------
+# A dozen options. Where sd_more/ is there, sd_more/app.py runs in place of main, with many more.
+
+OPTIONS = (  # name, type, default, what it means
+    ("--prompt", str, "a red house on the grass at sunset", "what to paint"),
+    ("--negative-prompt", str, "", "what to keep away from, where --cfg is not 1; default nothing"),
+    ("--seed", int, 42, "which noise to start from"),
+    ("--steps", int, 50, "from noise to picture, a UNet call each, with PLMS one more"),
+    ("--cfg", float, None, "how far to follow the prompt, 1 for no guidance; default the model's"),
+    ("--sampler", str, "plms", "how to get from noise to picture: SAMPLERS"),
+    ("--width", int, None, "in pixels, a multiple of 64; default what the model was trained on"),
+    ("--height", int, None, "likewise"),
+    ("--n-images", int, 1, "how many; the second has seed + 1, and so on"),
+    ("--model", Path, TINY, "a flat file, or with sd_more/ a checkpoint; default the miniature"),
+    ("--dtype", str, None, "float32, float16 or bfloat16; the default is the device's best"),
+    ("--output", Path, Path("out.png"), "a .png; if it exists, -2, -3 ... is added to its name"),
+)  # fmt: skip
 
 
 def make_parser():
-    p = argparse.ArgumentParser(
-        prog="sd.py",
-        description="Paint a sentence with Stable Diffusion.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="""examples:
-  python sd.py --prompt "a blue boat at night" --seed 7
-  python sd.py --prompt "a green tree" --n-images 4 --n-rows 2
-  python sd.py --model sd-v1-4.ckpt --prompt "a lighthouse in a storm, oil on canvas" """,
-    )
-    # fmt: off
-    g = p.add_argument_group("what to paint")
-    g.add_argument("--prompt", metavar="TEXT",
-                   help=f'what to paint (default: "{PROMPT}"; nothing with --image)')
-    g.add_argument("--negative-prompt", default="", metavar="TEXT",
-                   help="what not to paint (default: nothing)")
-    g.add_argument("--prompts", type=Path, metavar="FILE",
-                   help="paint each line of this text instead")
-    g.add_argument("--plain-prompt", action="store_true",
-                   help="read it as CLIP alone would: 75 tokens, brackets and all")
-    g.add_argument("--width", type=int, metavar="N",
-                   help="in pixels, a multiple of 64 (default: what the model was trained on)")
-    g.add_argument("--height", type=int, metavar="N", help="likewise")
-    g.add_argument("--n-images", type=int, default=1, metavar="N",
-                   help="how many; the second has seed + 1, and so on (default: 1)")
-    g.add_argument("--n-rows", type=int, metavar="N",
-                   help="put all of them into one picture with N rows (default: a file each)")
-    g = p.add_argument_group("how to paint it")
-    g.add_argument("--seed", type=int, default=42, metavar="N",
-                   help="the noise to start from, as torch.manual_seed(N) gives it on a CPU "
-                        "(default: 42)")
-    g.add_argument("--steps", type=int, default=50, metavar="N",
-                   help="from noise to picture, a UNet call each, for PLMS one more (default: 50)")
-    g.add_argument("--cfg", type=float, metavar="S",
-                   help="how far to follow the prompt: 1 follows, 7.5 insists (default: the "
-                        "model's, 7.5 for Stable Diffusion, 2 for the miniature)")
-    g.add_argument("--sampler", default="plms", choices=SAMPLERS,
-                   help="how to walk from noise to picture (default: plms)")
-    g.add_argument("--rng", default="torch", choices=RNGS,
-                   help="whose random numbers: PyTorch's on a CPU, NumPy's, those of NVIDIA GPUs, "
-                        "MLX's (default: torch)")
-    g.add_argument("--from-png", type=Path, metavar="FILE",
-                   help="as this picture was made; other options given count more")
-    g = p.add_argument_group("from a picture")
-    g.add_argument("--image", type=Path, metavar="FILE",
-                   help="begin with this; if a part is transparent or pure green, paint only that")
-    g.add_argument("--strength", type=float, metavar="S",
-                   help="how much of the way from noise to walk: 0.3 touches up, 1 keeps next to "
-                        "nothing (default: 0.75, and 1 where only a part is painted)")
-    g.add_argument("--mask", type=Path, metavar="FILE",
-                   help="paint only where this picture is white")
-    g.add_argument("--controlnet", action="append", default=[], metavar="FILE[:WEIGHT]",
-                   help="a ControlNet; may be repeated")
-    g.add_argument("--control-image", action="append", default=[], metavar="FILE",
-                   help="what it is to follow, such as edges; one for each")
-    g = p.add_argument_group("with what, and where to")
-    g.add_argument("--model", type=Path, default=TINY, metavar="FILE",
-                   help="a flat file; or a checkpoint or diffusers folder, which is converted once "
-                        "(default: the miniature that comes with this program)")
-    g.add_argument("--lora", action="append", default=[], metavar="FILE[:STRENGTH]",
-                   help="a LoRA; may be repeated")
-    g.add_argument("--words", action="append", default=[], metavar="FILE",
-                   help="a textual inversion, whose name becomes a word; may be repeated")
-    g.add_argument("--clip-skip", type=int, metavar="N",
-                   help="2: leave out the text model's last layer, and so on (default: 1)")
-    g.add_argument("--no-safety-check", dest="safety_check", action="store_false",
-                   help="show what the model's safety checker, if it has one, would black out")
-    g.add_argument("--dtype", choices=DTYPES,
-                   help="to compute in (default: float32 on a CPU, float16 on a GPU)")
-    g.add_argument("--low-memory", action="store_true",
-                   help="one network in memory at a time, one picture at a time, the VAE in tiles")
-    g.add_argument("--output", type=Path, default=Path("out.png"), metavar="FILE",
-                   help="a .png; if it exists, -2, -3 ... is added to the name (default: out.png)")
-    g.add_argument("--save-every", type=int, metavar="N",
-                   help="also the picture after every N steps, as NAME-step-010.png")
-    g.add_argument("--decode-batch", type=int, default=1, metavar="N",
-                   help="how many to decode at once: faster on a GPU, more memory (default: 1)")
-    g.add_argument("--show-tokens", action="store_true",
-                   help="only print how the prompt is cut into tokens")
-    # fmt: on
-    return p
-
-
-def check_arguments(args):
-    if args.n_rows is not None and not 1 <= args.n_rows <= args.n_images:
-        message = f"--n-rows {args.n_rows} can't be with {args.n_images} pictures."
-        raise ValueError(f"{message} See --n-images.")
-    if args.n_rows and mx.distributed.init().size() > 1:
-        raise ValueError("--n-rows can't be with several processes: each paints some of them.")
-    for name in ("n_images", "save_every", "decode_batch"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value} can't be: at least 1.")
-    if args.prompt is not None and args.prompts and not args.from_png:
-        raise ValueError("--prompt and --prompts can't be together: add it to the file.")
-    size = (64 if n is None else n for n in (args.width, args.height))  # what is not given is right
-    cfg = 1.0 if args.cfg is None else args.cfg
-    check_options(args.steps, cfg, args.sampler, *size, args.n_images, args.rng)
+    parser = argparse.ArgumentParser("sd.py", description="Paint a prompt with Stable Diffusion.")
+    nouns = {str: "TEXT", int: "N", float: "S", Path: "FILE"}
+    for name, kind, default, text in OPTIONS:
+        text = text.replace("SAMPLERS", ", ".join(SAMPLERS))
+        text = text if default in (None, "", TINY) else f"{text}; default {default}"
+        parser.add_argument(name, type=kind, default=default, metavar=nouns[kind], help=text)
+    return parser
 
 
 def main(argv=None):
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    for stream in (sys.stdout, sys.stderr):  # a name or a prompt may hold what it can't show
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    args = vars(make_parser().parse_args(argv))
+    model, dtype, output = (args.pop(name) for name in ("model", "dtype", "output"))
     try:
-        if args.from_png:
-            # Options that may be repeated replace the picture's; argparse alone would add to them.
-            given = [name for name, value in vars(args).items() if type(value) is list and value]
-            parser.set_defaults(**read_parameters(args.from_png) | {name: [] for name in given})
-            args = parser.parse_args(argv)
-        check_arguments(args)
-        if args.prompt is None:
-            args.prompt = "" if args.image else PROMPT
-        if not args.show_tokens:
-            check_output(args.output)
-        sd = model_of(args)
-        prompts = read_prompts(args.prompts) if args.prompts else [args.prompt]
-        if args.show_tokens:
-            for prompt in prompts:
-                show_tokens(sd, prompt)
-            return
-        way = way_of(sd, args)
-        paint(with_controls(way.sd if way else sd, args), args, way, prompts)
-    except FileNotFoundError as error:
-        stop(f"there is no file {error.filename}. Is the name right?")
-    except (ValueError, OSError) as error:
-        stop(error)
-    except MemoryError:
-        stop("there is not enough memory for this. Try a smaller --width, --height or --n-images.")
-    except KeyboardInterrupt:
-        print("\nsd.py: stopped", file=sys.stderr)
-        sys.exit(130)
+        expect(output.suffix == ".png", "--output", output, "NAME.png")
+        sd = StableDiffusion(model, dtype)
+        for i, x in enumerate(sd.generate_latents(**args), 1):
+            print(f"step {i}/{args['steps']}", file=sys.stderr)
+        for picture in sd.to_pictures(x):
+            save = functools.partial(picture.save, format="PNG")
+            print(f"saved {write_complete(output, save, overwrite=False)}")
+    except (SDError, OSError) as error:
+        print(f"sd.py: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
-if __name__ == "__main__" and "ipykernel" not in sys.modules:
-    main()
+# Run as a program, and not as a notebook's cell.
+if __name__ == "__main__" and Path(sys.argv[0]).resolve() == SOURCE:
+    if importlib.util.find_spec("sd_more"):
+        from sd_more import app
+
+        app.main()
+    else:
+        main()

@@ -1,4 +1,4 @@
-"""sd.py beside what people would pick instead: speed and memory, the same weights, in one run.
+"""Speed and memory of sd.py and of what people would pick instead: one run, the same weights.
 
     pip install -e '.[test,benchmark]'
     python examples/benchmark.py                            everything, in an hour on two cores
@@ -6,12 +6,16 @@
     python examples/benchmark.py --model folder             a diffusers folder's weights, not random
 
 Without --model, random weights of Stable Diffusion 1.5's sizes are made on the spot, rounded to
-float16, which is what is in a file of weights today; every program gets the same. Needs 20 GB of
-memory and as much disk for a while. Prints Markdown, and writes a plot with --plot.
+float16, as most files of weights are; every program gets the same. It needs 20 GB of memory and,
+for as long as it runs, of disk. It prints Markdown, and with --plot it writes a plot.
 
-Each program has a process of its own, as in use, and they take turns, so that a noisy machine is
+Each program has a process of its own, and their runs are interleaved, so that a noisy machine is
 noisy for all. The first call of each is not counted. What they compute is compared, too: the error
-is the largest difference from diffusers in float32 over the largest number.
+is the largest difference from diffusers in float32, relative to the largest number.
+
+A guided UNet call answers for the same latents without the prompt and with it. diffusers repeats
+the latents and runs a batch of two; sd.py's UNet takes them once, with both contexts, and repeats
+them itself where the first of them is read. The results are the same, and are compared.
 """
 
 import argparse
@@ -39,18 +43,24 @@ SPAWN = multiprocessing.get_context("spawn")
 PROMPT = "a lighthouse in a storm, oil on canvas"
 
 # %% The programs ----------------------------------------------------------------------------------
-# Each opens what a task needs and gives back a function of NumPy arrays, (b, c, h, w) as PyTorch
-# has them. Tasks: text (ids), unet (x, context), decode (x), encode (picture), picture (size,
-# steps).
+# Each opens what a task needs and returns a function of NumPy arrays, (b, c, h, w) as in PyTorch.
+# Tasks: text (ids), unet (x, context), decode (x), encode (picture), picture (size, steps). With
+# guidance the context is twice as long as x: the first half without the prompt, the second with it.
 
 
-def open_sd(folder, task, **options):
+def repeat(x, *context):
+    """The same arguments for a UNet that wants x as long as the context, as diffusers' does."""
+    times = len(context[0]) // len(x) if context else 1
+    return np.concatenate([x] * times), *context
+
+
+def open_sd(folder, task, low_memory=False):
     import mlx.core as mx
 
-    import sd
+    from sd import StableDiffusion
+    from sd_more.low_memory import LowMemory
 
-    Model = sd.LowMemory if options.pop("low_memory", False) else sd.StableDiffusion
-    model = Model(folder / "flat.safetensors", **options)
+    model = (LowMemory if low_memory else StableDiffusion)(folder / "flat.safetensors")
 
     def to_nhwc(x):
         return mx.array(np.ascontiguousarray(x.transpose(0, 2, 3, 1)))
@@ -121,10 +131,10 @@ def open_diffusers(folder, task, dtype="float32", layout="contiguous_format"):
         x = torch.from_numpy(x)
         return x if x.dtype == torch.int64 else x.to(kind)
 
-    def run(x, *rest):
-        x = tensor(x)
+    def run(x, *context):
+        x, *context = map(tensor, repeat(x, *context))
         x = x.contiguous(memory_format=layout) if x.ndim == 4 else x
-        return f(x, *map(tensor, rest)).float().numpy()
+        return f(x, *context).float().numpy()
 
     return run
 
@@ -138,7 +148,9 @@ def open_bfloat16(folder, task):
 
 
 def write_openvino(folder, task, shapes):
-    """The network in OpenVINO's format. In a process of its own: tracing keeps several copies."""
+    """Write the network in OpenVINO's format. Tracing keeps several copies of it in memory, so
+    this is called in a process of its own.
+    """
     import openvino
     import torch
 
@@ -166,6 +178,7 @@ def open_openvino(folder, task, precision="f32"):
     core, ready = openvino.Core(), {}
 
     def prepare(*arguments):
+        arguments = repeat(*arguments)
         shapes = tuple(a.shape for a in arguments)
         if shapes not in ready:
             ready.clear()
@@ -177,7 +190,7 @@ def open_openvino(folder, task, precision="f32"):
         return ready[shapes]
 
     def run(*arguments):
-        return prepare(*arguments)(list(arguments))[0]
+        return prepare(*arguments)(list(repeat(*arguments)))[0]
 
     run.prepare = prepare
     return run
@@ -203,7 +216,7 @@ if not importlib.util.find_spec("openvino"):
 
 
 def apart(f, *arguments):
-    """f(*arguments) in a process of its own, which must end well."""
+    """Call f(*arguments) in a process of its own; stop here if that fails."""
     process = SPAWN.Process(target=f, args=arguments)
     process.start()
     process.join()
@@ -222,35 +235,25 @@ def write_models(folder, model):
         import torch
         from diffusers import PNDMScheduler, StableDiffusionPipeline
 
-        import test_sd
+        from tests import reference
 
         config = {
-            "size": 512,
-            "prediction": "eps",
-            "text": {
-                "width": 768,
-                "layers": 12,
-                "heads": 12,
-                "activation": "quick_gelu",
-                "pad": 49407,
-            },
-            "unet": {
-                "widths": [320, 640, 1280, 1280],
-                "heads": [8] * 4,
-                "groups": 32,
-                "context_width": 768,
-            },
+            "size": 512, "prediction": "eps",
+            "text": {"width": 768, "layers": 12, "heads": 12, "activation": "quick_gelu",
+                     "pad": 49407},
+            "unet": {"widths": [320, 640, 1280, 1280], "heads": [8] * 4, "groups": 32,
+                     "context_width": 768},
             "vae": {"widths": [128, 256, 512, 512], "groups": 32, "scale": 0.18215},
-        }
+        }  # fmt: skip
         torch.set_grad_enabled(False)
-        text, unet, vae = (test_sd.shake(m).half() for m in test_sd.reference_models(config))
-        scheduler = test_sd.scheduler(PNDMScheduler)
+        networks = map(reference.shake, reference.reference_models(config))
+        text, unet, vae = (network.half() for network in networks)
         StableDiffusionPipeline(
             vae=vae,
             text_encoder=text,
-            tokenizer=test_sd.train.tokenizer(folder),
+            tokenizer=reference.train.tokenizer(folder),
             unet=unet,
-            scheduler=scheduler,
+            scheduler=reference.scheduler(PNDMScheduler),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
@@ -259,7 +262,7 @@ def write_models(folder, model):
 
 
 def serve(program, folder, task, pipe):
-    """Make a call for each set of arguments; say how long it took and what came out."""
+    """A process's work: call the program with each set of arguments, send the time and result."""
     call = program(folder, task)
     pipe.send(None)
     prepare = getattr(call, "prepare", lambda *_: None)
@@ -271,12 +274,12 @@ def serve(program, folder, task, pipe):
 
 
 def turns(folder, task, sets, runs, names=tuple(PROGRAMS), first=None):
-    """-> {program: [median seconds for each set of arguments]}, {program: what came out last}.
+    """-> {program: [median seconds for each set of arguments]}, {program: its last result}.
 
     first: the arguments of the call that is not counted (default: those of the first set).
     """
     if any("OpenVINO" in name for name in names) and not (folder / f"{task}.xml").exists():
-        apart(write_openvino, folder, task, [a.shape for a in sets[0]])
+        apart(write_openvino, folder, task, [a.shape for a in repeat(*sets[0])])
     pipes, processes = {}, []
     for name in names:
         pipes[name], theirs = SPAWN.Pipe()
@@ -328,7 +331,7 @@ def table(title, columns, rows):
 
 
 def compare(title, folder, task, arguments, runs, names=tuple(PROGRAMS), first=None):
-    """A row for each program: median, how much of it sd.py takes, error."""
+    """A row for each program: the median, sd.py's time divided by it, the error."""
     medians, results = turns(folder, task, [arguments], runs, names, first)
     rows = {}
     for name in names:
@@ -338,15 +341,14 @@ def compare(title, folder, task, arguments, runs, names=tuple(PROGRAMS), first=N
             error = f"{np.abs(results[name] - truth).max() / np.abs(truth).max():.0e}"
         ratio = medians[OURS][0] / medians[name][0]
         rows[name] = (f"{medians[name][0]:.2f}", f"{ratio:.2f}", error)
-    table(title, ("median s", "sd.py takes, of this", "error"), rows)
+    table(title, ("median s", "sd.py's time / this", "error"), rows)
 
 
 def inputs(batch, size, guided=False):
+    """-> x, context. guided: the context twice, as without the prompt and with it."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((batch, 4, size // 8, size // 8), np.float32)
-    if guided:  # both halves are the same noise, as in painting
-        x = np.concatenate([x[: batch // 2]] * 2)
-    return x, rng.standard_normal((batch, 77, 768), np.float32)
+    return x, rng.standard_normal((2 * batch if guided else batch, 77, 768), np.float32)
 
 
 def measure_text(folder, runs):
@@ -356,7 +358,7 @@ def measure_text(folder, runs):
 
 
 def measure_unet(folder, runs):
-    compare("one guided UNet call, 512 x 512", folder, "unet", inputs(2, 512, True), runs)
+    compare("one guided UNet call, 512 x 512", folder, "unet", inputs(1, 512, guided=True), runs)
 
 
 def measure_decode(folder, runs):
@@ -388,7 +390,7 @@ def measure_batches(folder, runs):
 
 
 def measure_sizes(folder, runs):
-    sets = {size: inputs(2, size, True) for size in (256, 512, 768, 1024)}
+    sets = {size: inputs(1, size, guided=True) for size in (256, 512, 768, 1024)}
     title = "seconds for one guided UNet call, pixels"
     return scaling(title, folder, sets, list(map(str, sets)), lambda _, seconds: seconds)
 

@@ -5,17 +5,17 @@
     python tiny/evaluate.py --cfg 1 --number 400
     python tiny/evaluate.py --task inpaint --number 400
 
-sd.py paints, 25 PLMS steps; the judge (judge.py) looks. Right are exactly the things asked for, and
-no others, wherever they are. Each (thing, colour, ground, time) that is asked for was held out of
-training (world.held_out). Tasks:
+sd.py paints in 25 PLMS steps, and the judge (judge.py) says what it sees. A picture is right if it
+has the things asked for and no others, wherever they stand. Each (thing, colour, ground, time) that
+is asked for was held out of training (world.held_out). Tasks:
 
     text       half of the sentences name one thing, half two
-    undated    the same, but no sentence says when: it should be by day
-    negative   the sentence leaves the ground open; without and with the negative "on the street"
-    image      begins with a drawing of the same scene in which the thing has another colour
-    inpaint    begins with a drawing of two things; the place of the right one is painted anew
+    undated    the same, but no sentence names a time: it should be by day
+    negative   the sentence leaves the ground open, with the negative prompt "on the street" or none
+    image      image to image, from a drawing of the same scene with the thing in another colour
+    inpaint    from a drawing of two things: the area of the right one is painted anew
 
-In the last two ground and time are given, and in the last one the left thing, too.
+In the last two the ground and the time are given, in the last one the left thing, too.
 """
 
 import argparse
@@ -46,12 +46,12 @@ def held_out_scene(rng, number):
     return world.Scene(things, ground, time, "one" if number == 1 else "row")
 
 
-def says(text, words):
+def mentions(text, words):
     return any(word in text for word in words)
 
 
 def full_sentence(rng, scene, unsaid=None):
-    """A sentence that names every part of the scene; but not the "ground" or "time" if unsaid."""
+    """A sentence that names every part of the scene but unsaid, which may be "ground" or "time"."""
     where_and_when = {"ground": world.GROUNDS[scene.ground][1], "time": world.TIMES[scene.time][3]}
     things = []
     for thing, colour in scene.things:
@@ -59,12 +59,12 @@ def full_sentence(rng, scene, unsaid=None):
         things.append([f"{word} {name}" for word in words for name in world.THINGS[thing][1]])
     while True:
         text = world.sentence(rng, scene)
-        fits = [says(text, words) == (part != unsaid) for part, words in where_and_when.items()]
-        if all(fits) and all(says(text, words) for words in things):
+        fits = [mentions(text, words) == (part != unsaid) for part, words in where_and_when.items()]
+        if all(fits) and all(mentions(text, words) for words in things):
             return text
 
 
-# Each task gives: the scene to be seen, the name of the function that paints, what it is given.
+# A task returns the scene that should be seen, the name of the method that paints, its arguments.
 
 
 def text(rng, i):
@@ -79,7 +79,7 @@ def undated(rng, i):
 
 
 def negative(rng, i):
-    """In pairs: the same sentence and seed without it, and with it."""
+    """In pairs: the same sentence and seed, without the negative prompt and with it."""
     rng = random.Random(i // 2)
     scene = held_out_scene(rng, 1)
     options = {"negative_prompt": "on the street" if i % 2 else "", "seed": i // 2}
@@ -134,7 +134,7 @@ def main(argv=None):
     p.add_argument("--errors", action="store_true", help="print what was wrong")
     args = p.parse_args(argv)
     if args.number < 2:
-        p.error(f"--number {args.number} can't be: at least 2.")
+        p.error(f"--number must be at least 2, got {args.number}")
     rng = random.Random(1)
     scenes, functions, options = zip(*(TASKS[args.task](rng, i) for i in range(args.number)))
     more = {"steps": args.steps, "cfg": args.cfg}
@@ -150,7 +150,7 @@ def main(argv=None):
                 pictures.append(picture)
                 if len(pictures) % 100 == 0:
                     print(f"{len(pictures)} of {args.number}", file=sys.stderr, flush=True)
-        except ValueError as error:  # sd.py's, of the model or an option
+        except ValueError as error:  # sd.py's SDError, about the model or an option
             p.error(error)
     seen = judge.read(judge.load(args.folder), np.stack(pictures))
     prompts = [given["prompt"] for given in options]

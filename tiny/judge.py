@@ -1,12 +1,12 @@
-"""A judge of pictures that is not the model: it has seen drawn pictures only.
+"""A judge of pictures, independent of the model: it was trained on drawn pictures only.
 
     pip install -e '.[test]'
     python tiny/judge.py       trains it, if there is none, in ten minutes on two cores; tests it
 
-A small convolutional network. In each of 16 x 16 places it says which of the 16 things has its
-middle there, or none, and which colour that has; it learns this from where world.py has drawn them.
-The ground and the time it reads off two averages, over the upper and the lower half. How often it
-is right about drawn pictures can be measured; about painted ones it can't.
+A small convolutional network. At each of 16 x 16 positions it says which of the 16 things has its
+middle there, if any, and in which colour; it learns this from where world.py has drawn them. The
+ground and the time it reads off two averages, over the upper and the lower half. How often it is
+right can be measured on drawn pictures, but not on painted ones.
 """
 
 import argparse
@@ -26,8 +26,8 @@ from torch import nn
 HERE = Path(__file__).resolve().parent
 THINGS, COLOURS = list(world.THINGS), list(world.COLOURS)
 GROUNDS, TIMES = list(world.GROUNDS), list(world.TIMES)
-NOTHING, ANY = len(THINGS), -100  # ANY: it isn't asked there (cross_entropy's own number)
-WEIGHT_OF_NOTHING = 0.2  # in the loss, because it is nearly everywhere
+NOTHING, ANY = len(THINGS), -100  # ANY: not asked for there (what cross_entropy ignores)
+WEIGHT_OF_NOTHING = 0.2  # in the loss, because nearly all positions have nothing
 STEPS, BATCH, PICTURES = 3000, 32, 12000
 FIRST = 10**7  # its pictures' seeds start here, far from those the model is trained on
 
@@ -58,12 +58,12 @@ class Judge(nn.Module):
 
 
 def middle(x, y, size):
-    """Of a thing as world.places has it: the place, row and column, of 16 x 16."""
+    """The row and column, of 16 x 16, of the middle of a thing as world.places describes it."""
     return int(16 * (y - 0.85 * size)), int(16 * x)
 
 
 def truth_of(scene, placed):
-    """-> what forward should say: things (16, 16), colours (16, 16), ground, time"""
+    """-> what forward should answer: things (16, 16), colours (16, 16), ground, time"""
     things = np.full((16, 16), NOTHING)
     colours = np.full((16, 16), ANY)
     for reach, known in ((2, False), (1, True)):  # around a middle anything; there, the thing
@@ -94,7 +94,9 @@ def read(judge, pictures):
 
 
 def right(scene, seen):
-    """-> (the things right, and no others; their colours too; ground; time). In any order."""
+    """-> four truth values: the things are right, and no others are there; so are their colours;
+    the ground is; the time is. The order of the things does not matter.
+    """
     found, ground, when = seen
     wanted = scene.things * scene.count
     things = sorted(t for t, _ in found) == sorted(t for t, _ in wanted)
@@ -126,7 +128,7 @@ def learn(pool, path):
     for step in range(STEPS):
         i = torch.randint(PICTURES, (BATCH,))
         x = train.to_torch(pictures[i])
-        # What a painted picture has and a drawn one not: some blur, grain, another brightness.
+        # What painted pictures have and drawn ones do not: some blur, grain, another brightness.
         if step % 2:
             x = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
         x = x * (0.9 + 0.2 * torch.rand(BATCH, 1, 1, 1)).to(x) + 0.06 * torch.randn_like(x)
@@ -150,7 +152,7 @@ def learn(pool, path):
 
 
 def load(folder):
-    """The judge of these pictures, trained first where there is none."""
+    """The judge in that folder, trained first if there is none."""
     path = folder / f"judge_{train.mark()}.pt"
     if not path.exists():
         with multiprocessing.get_context("spawn").Pool() as pool:
@@ -161,7 +163,7 @@ def load(folder):
 
 
 def accuracy(judge, count=2000):
-    """On drawn pictures that nobody has seen: {number of things: share of each part right}"""
+    """On drawn pictures of no training: {number of things: the share of each part right}"""
     with multiprocessing.get_context("spawn").Pool() as pool:
         scenes, pictures, _ = some(pool, FIRST + PICTURES, count)
     marks = [(len(s.things * s.count), right(s, seen))

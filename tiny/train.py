@@ -1,19 +1,19 @@
 """Train the miniature: Stable Diffusion with small numbers, on pictures that world.py draws.
 
     pip install -e '.[test]'
-    python tiny/train.py              a night on two cores; may be stopped and restarted
+    python tiny/train.py              four and a half hours on two cores; can be stopped and resumed
     python convert_weights.py tiny/run/tiny.ckpt -o tiny/tiny.safetensors
 
-Four stages, each resumed from tiny/run/ at its last 500 steps:
+Four stages, each saved in tiny/run/ every 500 steps and resumed from there:
 
     vae     pictures <-> latents: an autoencoder, trained on 64 x 64 crops       [1]
-    decoder its second half, further
-    text    the text model learns to read: of which things, colours ... is this sentence?
+    decoder its second half, trained further
+    text    the text model learns to read: which things, colours ... does this sentence name?
     unet    the UNet, and the text model with it, on the latents of 40,000 pictures      [1, 2]
 
 The networks are diffusers' and transformers' own classes, so that what sd.py paints with these
-weights can be compared with what diffusers' pipeline paints with them. The checkpoint is written
-under the names of the original Stable Diffusion: it goes through convert_weights.py like any other.
+weights can be compared with what diffusers' pipeline paints. The checkpoint has the tensor names of
+the original Stable Diffusion, and convert_weights.py reads it like any other.
 
 [1] Rombach et al. 2022, arXiv 2112.10752   [2] Ho et al. 2020, 2006.11239 (the loss)
 [3] Hang et al. 2023, 2303.09556 (min-SNR weights)
@@ -49,7 +49,7 @@ VAE_PICTURES = 6000  # of the UNet's, the first
 FIRST_ROUND = 10000  # steps of the UNet; then the learning rate begins anew
 END = 49407  # CLIP's end mark, and its padding
 
-# What the converter cannot see in the tensors' shapes; it is stored in the checkpoint beside them.
+# What the tensors' shapes do not tell the converter; stored in the checkpoint beside them.
 NUMBERS = {
     "name": "the miniature",
     "size": SIZE,
@@ -60,8 +60,8 @@ NUMBERS = {
 }
 
 # %% The networks ----------------------------------------------------------------------------------
-# Small numbers in the shape of Stable Diffusion 1.x. 7.6 million parameters, of which 2.0 are the
-# text model's 49,408 words (nearly all of them never seen) and 1.3 are the autoencoder.
+# Stable Diffusion 1.x with small numbers: 7.6 million parameters, of which 2.0 are the vectors of
+# the text model's 49,408 tokens (nearly all never seen in training), and 1.3 the autoencoder.
 
 
 def networks():
@@ -130,7 +130,7 @@ def drawn(seed):
 
 
 def mark():
-    """It changes when the pictures do: then what has learned from them must learn anew."""
+    """A digest of the pictures. When it changes, what was trained on them must be trained anew."""
     return hashlib.sha256(b"".join(drawn(seed).tobytes() for seed in range(32))).hexdigest()[:16]
 
 
@@ -144,12 +144,12 @@ def to_torch(pictures):
 
 
 def usual(peak, steps):
-    """Learning rate: warm up for 200 steps, stay, and go down to 0 in the last fifth."""
+    """Learning rate: warm up for 200 steps, stay, and fall to 0 in the last fifth."""
     return lambda step: peak * min(1, (step + 1) / 200, 5 * (1 - step / steps))
 
 
 def two_rounds(first, steps):
-    """That of the UNet: down to 0 from half of the first round on, and once more, from 7e-4."""
+    """The UNet's: falls to 0 from the middle of the first round on; then once more, from 7e-4."""
 
     def rate(step):
         if step < first:
@@ -160,7 +160,7 @@ def two_rounds(first, steps):
 
 
 class Stage:
-    """Steps, time left, and a state on disk that is replaced only when the new one is complete."""
+    """Counts steps, tells the time left, and keeps a state on disk, replaced when complete."""
 
     def __init__(self, path, steps, rate, modules):
         self.path, self.steps, self.rate, self.modules = path, steps, rate, modules
@@ -186,7 +186,7 @@ class Stage:
         part.replace(self.path)
 
     def left(self):
-        """Steps still to do. Each is seeded, so that a resumed run sees what it would have seen."""
+        """Steps still to do. Each is seeded, so that a resumed run goes on as if never stopped."""
         self.start = time.time(), self.step
         while self.step < self.steps:
             torch.manual_seed(self.step)
@@ -216,7 +216,7 @@ class Stage:
 
 
 def train_vae(vae, stage, pool, count, noise=0.0):
-    """noise: at most so large is the deviation of what is added to the latents."""
+    """noise: the largest standard deviation of the noise that is added to the latents."""
     if stage.step >= stage.steps:
         return
     pictures = np.stack(pool.map(drawn, range(min(count, VAE_PICTURES)), chunksize=64))
@@ -232,8 +232,8 @@ def train_vae(vae, stage, pool, count, noise=0.0):
         strength = noise * torch.rand(len(z), 1, 1, 1)
         off = strength * (torch.randn(z.shape) + torch.randn(*z.shape[:2], 1, 1))
         out = vae.decode(z + off.to(DEVICE)).sample
-        # Most pixels are sky and ground. Those that stand out from their row count more, and so do
-        # edges, by a term of their own: else they are the last thing to become sharp.
+        # Most pixels are sky and ground. Those that stand out from their row count more, and edges
+        # have a term of their own, since otherwise they would be the last to become sharp.
         row = x.median(dim=3, keepdim=True).values
         weight = 1 + 4 * (x - row).abs().mean(1, keepdim=True).clamp(max=1)
         edges = sum(F.l1_loss(out.diff(dim=d), x.diff(dim=d)) for d in (2, 3))
@@ -244,11 +244,11 @@ def train_vae(vae, stage, pool, count, noise=0.0):
 
 
 def train_decoder(vae, folder, steps, pool, count, deviation):
-    """The decoder alone, further: what it learns does not change the latents of the UNet's stage.
+    """Train the decoder alone, further. The latents, which the UNet learns from, stay as they are,
+    so this can be repeated at any time; Stable Diffusion's later decoders were made so, too.
 
-    So this can be done, and done again, at any time; so were Stable Diffusion's later decoders. It
-    learns to forgive: what the UNet paints is off by a tenth of the latents' deviation here and
-    there, of which the first stage's decoder makes pink spots on yellow sand.
+    It learns to tolerate errors. The UNet's latents are off by a tenth of their standard deviation
+    here and there, of which the first stage's decoder makes pink spots on yellow sand.
     """
     vae.requires_grad_(False)
     decoder = torch.nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True)
@@ -276,7 +276,7 @@ def encode_all(vae, folder, count, pool):
 
 @torch.no_grad()
 def psnr(vae, pool, first):
-    """The mean over 200 pictures that it was never trained on, in dB."""
+    """In dB, the mean over 200 pictures that it was not trained on."""
     pictures = to_torch(np.stack(pool.map(drawn, range(first, first + 200))))
     out = torch.cat([vae(part).sample for part in pictures.split(50)]).clamp(-1, 1)
     error = ((out - pictures) / 2).square().mean((1, 2, 3))
@@ -284,10 +284,11 @@ def psnr(vae, pool, first):
 
 
 def scale_latents(vae, deviation):
-    """Make the latents' deviation 1 / 0.18215, Stable Diffusion's own, inside the two 1x1 layers.
+    """Make the latents' standard deviation 1 / 0.18215, as Stable Diffusion's, in two 1 x 1 layers.
 
-    0.18215 is what the original's first autoencoder happened to need. Keeping the number means that
-    whoever multiplies by it, as every program for Stable Diffusion does, gets latents of size one.
+    The original's authors measured that number once, on one batch of training pictures. With the
+    same number here, every program for Stable Diffusion, which multiplies by it, gets latents of
+    variance 1.
     """
     k = 1 / (0.18215 * deviation)
     with torch.no_grad():
@@ -298,7 +299,7 @@ def scale_latents(vae, deviation):
 
 
 def facts(scene):
-    """The scene in numbers: three things, three colours, ground, time, layout, count, size."""
+    """A scene in numbers: three things, three colours, ground, time, layout, count, size."""
     things = [list(world.THINGS).index(t) for t, _ in scene.things]
     colours = [list(world.COLOURS).index(c) for _, c in scene.things]
     nothing = 3 - len(things)
@@ -311,12 +312,13 @@ def facts(scene):
 
 
 def train_text(text, words, folder, steps):
-    """Before it has to say it in the UNet's language, the text model learns what there is to say.
+    """The text model learns what sentences say, before the UNet is trained with it.
 
-    Stable Diffusion's had learned that from CLIP's pictures and their captions. Here one linear
-    layer asks it for the facts, at the end mark and at some places behind it. (It can't be right
-    about what the sentence leaves out.) Without this the UNet had to teach it words and binding
-    ("a red house and a blue boat") through noise.
+    Stable Diffusion's text model had learned that from CLIP's pictures and their captions. Here one
+    linear layer has to read the facts off its vectors, at the end mark and at some positions behind
+    it. (It cannot be right about what the sentence leaves out.) Otherwise the UNet would have to
+    teach it, through noise, what words mean and which belongs to which ("a red house and a blue
+    boat").
     """
     sizes = [len(world.THINGS) + 1] * 3 + [len(world.COLOURS) + 1] * 3  # + 1: there are fewer
     sizes += [len(world.GROUNDS), len(world.TIMES), 3, 4, 3]  # layout, count (1 to 3), size
@@ -340,7 +342,7 @@ def train_text(text, words, folder, steps):
 
 
 def train_unet(unet, text, latents, words, folder, steps, sample):
-    """latents (count, 4, 16, 16) of deviation one; number i is of scene_of(i)."""
+    """latents: (count, 4, 16, 16), of standard deviation 1; number i is that of scene_of(i)."""
     slow = [copy.deepcopy(unet), copy.deepcopy(text)]  # averages of the weights (EMA)
     for module in slow:
         module.requires_grad_(False)
@@ -362,21 +364,21 @@ def train_unet(unet, text, latents, words, folder, steps, sample):
         rng = random.Random(step)
         some = [rng.randrange(len(scenes)) for _ in range(batch)]
         x0 = latents[some].float()
-        # A tenth without any sentence, for guidance.
+        # A tenth has no sentence, for guidance.
         said = ["" if rng.random() < 0.1 else world.sentence(rng, scenes[i]) for i in some]
-        # Timesteps evenly spread: less noise in the loss. At first half of them are in the noisiest
-        # third, where the ground and the light are decided; after that it is the shapes' turn.
+        # Timesteps are evenly spread, which makes the loss less noisy. At first half of them are in
+        # the noisiest third, where the ground and the light are decided; later come the shapes.
         even = (torch.arange(batch // 2) + torch.rand(2, batch // 2)) / (batch // 2)
         first, range_ = (667, 333) if step < first_round // 4 else (0, 1000)
         t = torch.cat([even[0] * 1000, first + even[1] * range_]).long().clamp(max=999).to(DEVICE)
         a = abar[t][:, None, None, None]
-        # A network can read the ground and the light off the noisy picture's average colours, for
-        # over many places the noise averages out, and then it need not listen to the sentence. In
-        # pure noise, where painting starts, those averages are random, and it would follow them. So
-        # the noise is given random averages, too, one for each quarter ("offset noise"). Painting
-        # begins without them, with averages near 0, which a network used to strong ones takes for
-        # "neither dark nor bright": whatever the sentence leaves open becomes rain. So, once it has
-        # learned to listen, they become weak.
+        # A network can read the ground and the light off the noisy picture's average colours, since
+        # over many positions the noise averages out; then it need not use the sentence. In pure
+        # noise, where painting starts, those averages are random, and it would follow them. So the
+        # noise gets random averages, too, one for each quarter ("offset noise"). Painting begins
+        # without these, with averages near 0, which a network that is used to strong ones takes for
+        # neither dark nor bright: whatever the sentence leaves open becomes rain. So, once it has
+        # learned to use the sentence, they become weak.
         strength = 0.3 if step < first_round else 0.1
         noise, offset = torch.randn(x0.shape), strength * torch.randn(batch, 4, 2, 2)
         noise = (noise + offset.repeat_interleave(8, 2).repeat_interleave(8, 3)).to(DEVICE)
@@ -384,8 +386,8 @@ def train_unet(unet, text, latents, words, folder, steps, sample):
             context = text(words(said)).last_hidden_state
             x = (a.sqrt() * x0 + (1 - a).sqrt() * noise).to(memory_format=torch.channels_last)
             eps = unet(x, t, context).sample
-        # min-SNR [3]: the nearly clean ones are easy, and many. And where nearly all is noise, eps
-        # hardly tells whether the picture in it is right: up to ten times the weight.
+        # min-SNR [3]: nearly clean latents are easy, and many, and get less weight. Where nearly
+        # all is noise, eps hardly tells whether x0 is right: up to ten times the weight.
         snr = abar[t] / (1 - abar[t])
         weight = snr.clamp(0.05, 5) / snr
         loss = ((eps.float() - noise).square().mean((1, 2, 3)) * weight).mean()
@@ -410,7 +412,7 @@ SAMPLES = (
 
 
 def sampler(vae, words):
-    """A function that paints the twelve sentences with diffusers, in 20 steps, as one file."""
+    """-> a function that paints the twelve sentences with diffusers in 20 steps, into one file."""
 
     @torch.no_grad()
     def sample(unet, text, path):
@@ -440,7 +442,7 @@ def sampler(vae, words):
 
 
 # %% The original's names --------------------------------------------------------------------------
-# diffusers gave every tensor a name of its own. These are the inverse of what its converter does.
+# diffusers renamed every tensor. This is the inverse of what its converter does.
 
 
 def original_names(vae, unet, text):
@@ -527,12 +529,12 @@ def main(argv=None):
     # fmt: on
     args = p.parse_args(argv)
     if args.pictures < 1:
-        p.error(f"--pictures {args.pictures} can't be: at least 1.")
+        p.error(f"--pictures must be at least 1, got {args.pictures}")
     made = {"world": mark(), "pictures": args.pictures, "vae_steps": args.vae_steps}
     note = args.folder / "made.json"
     if note.exists() and json.loads(note.read_text()) != made:
         sys.exit(
-            f"{args.folder} was begun with other pictures or --vae-steps: try another --folder."
+            f"{args.folder} was begun with other pictures or --vae-steps. Try another --folder."
         )
     note.write_text(json.dumps(made))
     torch.manual_seed(0)

@@ -2,9 +2,9 @@
 
     python tiny/world.py look.png         draws 48 scenes into a file and prints their sentences
 
-A scene is one to three things with colours, a ground, and a time or weather. `draw` makes its
-picture, `sentence` one of the many ways to say it. An eighth of all (thing, colour, ground, time)
-is `held_out`: never drawn for training, so that it can be asked for afterwards (evaluate.py).
+A scene is one to three things with colours, a ground, and a time or weather. draw() makes its
+picture, sentence() is one of many ways to describe it. An eighth of all combinations of thing,
+colour, ground and time is held_out(): never drawn for training, so that evaluate.py can ask for it.
 """
 
 import argparse
@@ -20,7 +20,7 @@ SIZE = 128
 
 # %% Words and colours -----------------------------------------------------------------------------
 
-# What a thing of that colour is painted with, and its second colour, for roofs, stripes and so on.
+# What a thing of that colour is drawn in, and its second colour, for roofs, stripes and so on.
 COLOURS = {
     "red": ((214, 40, 44), (142, 22, 34)),
     "orange": ((245, 130, 30), (184, 84, 16)),
@@ -41,7 +41,7 @@ GROUNDS = {
     "sea": ((40, 116, 190), ("on the sea", "on the water", "at sea", "on the waves")),
     "street": ((128, 130, 138), ("on the street", "on the road", "in the street", "on a street")),
 }
-# Sky above, sky at the horizon, how much light falls on the ground, how people say it.
+# The sky above, the sky at the horizon, how much light falls on the ground, words for it.
 TIMES = {
     "day": ((108, 178, 240), (206, 232, 250), (1.0, 1.0, 1.0),
             ("by day", "in daylight", "during the day", "in the sunshine")),
@@ -61,7 +61,7 @@ WOOD, GLASS, STEM, DARK = (104, 68, 42), (206, 232, 250), (46, 122, 56), (34, 34
 class Pen:
     """Draws in units of the thing's own size: x from -1 to 1, y from 0 (the ground) up to 2.
 
-    The backdrop's is as large as the picture: there both go from 0 to 1.
+    The backdrop's unit is the picture: there both go from 0 to 1.
     """
 
     def __init__(self, draw, x, y, size):
@@ -86,8 +86,8 @@ class Pen:
         self.draw.pieslice((a, b, c, d), 180, 360, fill=colour)
 
 
-# Each paints with the colour asked for, c, and its second one, e. What has neither, such as
-# windows and wheels, is the same in every colour.
+# Each draws with the colour asked for, c, and its second one, e. Windows, wheels and the like have
+# neither, and are the same in every colour.
 
 
 def house(pen, c, e):
@@ -225,7 +225,7 @@ def star(pen, c, e):
         pen.polygon([(q * math.cos(a), 0.95 + q * math.sin(a)) for q, a in corners], colour)
 
 
-# How to draw it, and how people call it; a name that stands twice is said twice as often.
+# How to draw it, and what people call it; a name that is listed twice is used twice as often.
 THINGS = {
     "house": (house, ("house", "house", "cottage")),
     "castle": (castle, ("castle",)),
@@ -250,25 +250,25 @@ THINGS = {
 
 @dataclass
 class Scene:
-    """What is in a picture. things: (thing, colour) from left to right, or first behind second."""
+    """What is in a picture. things: (thing, colour) from left to right, or the back one first."""
 
     things: list
     ground: str
     time: str
     layout: str = "one"  # or "row"; "behind": the first of two behind the second
-    count: int = 1  # 2 or 3: so many of the one thing, in a row
+    count: int = 1  # 2 or 3: that many of the one thing, in a row
     size: str = ""  # of one thing: "big", "small"
 
 
 def held_out(thing, colour, ground, time):
-    """One in eight, spread so that each pair, such as a red house, is seen on other grounds."""
+    """One in eight, spread so that each pair, such as a red house, is seen elsewhere."""
     tables = (THINGS, COLOURS, GROUNDS, TIMES)
     i, j, k, m = (list(table).index(x) for table, x in zip(tables, (thing, colour, ground, time)))
     return (i + 3 * j + 5 * k + 2 * m + i * j // 4) % 8 == 0
 
 
 def random_scene(rng, everything=False):
-    """A scene for training: nothing in it is held out, unless everything is asked for."""
+    """A scene for training, with nothing in it held out; with everything, any scene."""
     ground, time = rng.choice(list(GROUNDS)), rng.choice(list(TIMES))
     kinds = {"one": 46, "several": 10, "row of two": 24, "behind": 12, "row of three": 8}
     kind = rng.choices(list(kinds), list(kinds.values()))[0]
@@ -286,7 +286,7 @@ def random_scene(rng, everything=False):
 
 
 def places(rng, scene):
-    """-> [(thing, colour, x, y of its foot, size)] in parts of the picture; behind is first."""
+    """-> [(thing, colour, x, y of its foot, size)], 1 the whole picture; the back one first."""
     if scene.layout == "one":
         size = {"": 0.23, "big": 0.31, "small": 0.135}[scene.size] * rng.uniform(0.94, 1.06)
         x = rng.uniform(0.36, 0.64)
@@ -370,18 +370,18 @@ def backdrop(rng, scene, n):
 
 
 def draw(scene, seed):
-    """-> the 128 x 128 picture. The seed decides what the sentence does not.
+    """-> the 128 x 128 picture. The seed decides what the scene leaves open.
 
-    (With the scene's own seed, as in training, the same numbers choose ground and horizon: the two
-    go together a little.)
+    (With the scene's own seed, as in training, the same numbers choose the ground and the horizon,
+    so the two are a little correlated.)
     """
     return draw_placed(scene, seed)[0]
 
 
 def draw_placed(scene, seed):
-    """-> the picture, and its things as places() has them.
+    """-> the picture, and its things as places() describes them.
 
-    Drawn four times as large and shrunk, which is what makes the edges smooth.
+    Drawn four times as large and shrunk, which makes the edges smooth.
     """
     rng, n = random.Random(seed), 4 * SIZE
     image = backdrop(rng, scene, n)
@@ -395,7 +395,7 @@ def draw_placed(scene, seed):
 
 
 def phrase(rng, thing, colour, size="", count=1):
-    """ "a big red house", "two violet fish"."""
+    """Such as "a big red house" or "two violet fish"."""
     words = [rng.choice(THINGS[thing][1])]
     if count > 1 and words[0] != "fish":
         words[0] += "s"
@@ -412,9 +412,8 @@ def phrase(rng, thing, colour, size="", count=1):
 
 
 def sentence(rng, scene):
-    """One of the ways to say it. Parts are left out at random, so that prompts may do so, too.
-
-    But for the time: if nobody says when, it is by day.
+    """One of the ways to describe it. Parts are left out at random, so that prompts may leave them
+    out, too. But if no time is named, it is by day.
     """
     named = [phrase(rng, *t, scene.size, scene.count) for t in scene.things]
     if scene.layout == "behind":
@@ -445,11 +444,11 @@ def sentence(rng, scene):
 
 
 def folder(path):
-    """For argparse: the folder of that name, made if it is not there."""
+    """For argparse: the folder of that name, made if it does not exist."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"{path} can't be used: {error.strerror}") from None
+        raise argparse.ArgumentTypeError(f"{path} is not usable: {error.strerror}") from None
     return Path(path)
 
 
@@ -464,7 +463,7 @@ def main(argv=None):
     try:
         Image.fromarray(sheet).save(args.file, format="PNG")
     except OSError as error:
-        p.error(f"{args.file} can't be written: {error.strerror}")
+        p.error(f"{args.file} cannot be written: {error.strerror}")
     for scene in scenes:
         print(sentence(rng, scene))
 

@@ -1,0 +1,145 @@
+r"""Prompts as AUTOMATIC1111's program reads them, for which many are written.
+
+    StableDiffusion(reader=read_weighted)
+
+    (word) ((word)) (word:1.3)   more of it: 1.1 times, 1.21 times, 1.3 times
+    [word]                       less: 1 / 1.1
+    \( \) \[ \]                  the brackets themselves
+    BREAK                        begin the next 75 tokens here
+    more than 75 tokens          are read 75 at a time, and the contexts put one behind the other
+
+A weight multiplies the vectors that CLIP gives for these tokens. Then the whole context is
+multiplied by one factor that gives it back the mean that it had before. With that the other tokens
+change a little, too, with the miniature and "a (red:1.5) house" by 3 percent. There is no good
+reason for it, for the mean is nearly 0 and means nothing, but so it is done there, and prompts were
+tried out with it.
+
+Three things are otherwise there. Where 75 tokens are full in the middle of a phrase, the words
+behind the last comma, up to 20 tokens, move into the next 75; here the cut is where it comes. That
+the shorter one of prompt and negative prompt is filled up with chunks without words is an option
+there; here it is always so. And what has a meaning only there is read as text: [a:b:0.5], which
+changes the prompt on the way, is a text with less weight, and AND is a word.
+"""
+
+import re
+
+import mlx.core as mx
+
+import sd
+
+PROMPT_MARKS = re.compile(
+    r"""
+      \\ [()\[\]\\]                                      # a bracket or backslash that is meant
+    | [()\[\]]                                          # a bracket that weighs
+    | : \s* [+-]? (?: \d+\.?\d* | \.\d+ ) \s* \)         # :1.3)
+    | \s* \b BREAK \b \s*
+    | [^\\()\[\]:] (?: (?!\s*\bBREAK\b) [^\\()\[\]:] )* # text, as far as none of these begins
+    | [\\:]                                             # a character that means nothing here
+    """,
+    re.VERBOSE,
+)
+FACTORS = {"(": 1.1, "[": 1 / 1.1}
+
+
+def parse_weights(text):
+    """-> [(piece of text, weight)], None as weight of BREAK.
+
+    parse_weights("a (red:1.5) [small] house")
+    ->  [("a ", 1.0), ("red", 1.5), (" ", 1.0), ("small", 0.909...), (" house", 1.0)]
+    """
+    pieces = []  # [text, weight]
+    opened = {"(": [], "[": []}  # for each bracket that is not closed, how many pieces came before
+
+    def close(bracket, factor):
+        for piece in pieces[opened[bracket].pop() :]:
+            if piece[1] is not None:
+                piece[1] *= factor
+
+    for token in PROMPT_MARKS.findall(text):
+        if token in opened:
+            opened[token].append(len(pieces))
+        elif token[0] == ":" and token[-1] == ")" and opened["("]:
+            close("(", float(token[1:-1]))
+        elif token == ")" and opened["("]:
+            close("(", FACTORS["("])
+        elif token == "]" and opened["["]:
+            close("[", FACTORS["["])
+        elif token.strip() == "BREAK":
+            pieces.append(["BREAK", None])
+        else:
+            escaped = token[0] == "\\" and len(token) > 1
+            pieces.append([token[1:] if escaped else token, 1.0])
+    for bracket, factor in FACTORS.items():  # those that are never closed
+        while opened[bracket]:
+            close(bracket, factor)
+    return join_equal(pieces)
+
+
+def join_equal(pieces):
+    """Neighbours of the same weight become one piece."""
+    joined = []
+    for text, weight in pieces:
+        if joined and weight is not None and joined[-1][1] == weight:
+            joined[-1] = joined[-1][0] + text, weight
+        else:
+            joined.append((text, weight))
+    return joined
+
+
+def read_words(tokenizer, text):
+    """Yield (word, its pieces, their ids, weight); weight None and no ids for BREAK."""
+    for piece, weight in parse_weights(text):
+        if weight is None:
+            yield "BREAK", (), [], None
+        else:
+            for word in tokenizer.split(piece):
+                yield *word, weight
+
+
+def split_chunks(tokenizer, text):
+    """-> [[(id, weight)]] with at most 75 in each, at least one."""
+    chunks = [[]]
+    for word, _, ids, weight in read_words(tokenizer, text):
+        if weight is None:
+            chunks.append([])
+        # A word may be cut between two pieces, but not a loaded one between its vectors.
+        loaded = word in tokenizer.words and len(ids) <= 75
+        for together in [ids] if loaded else [[i] for i in ids]:
+            if len(chunks[-1]) + len(together) > 75:
+                chunks.append([])
+            chunks[-1] += [(i, weight) for i in together]
+    return chunks
+
+
+def read_weighted(model, sentences):
+    """-> (number of sentences, 77 k, width), k for the longest; the others get empty chunks."""
+    each = [split_chunks(model.tokenizer, sentence) for sentence in sentences]
+    k = max(map(len, each))
+    chunks = [chunk for found in each for chunk in found + [[]] * (k - len(found))]
+    ids, weights = [], []
+    for chunk in chunks:
+        fill_up = 75 - len(chunk)
+        ids.append([sd.START, *(i for i, _ in chunk), sd.END, *[model.tokenizer.pad] * fill_up])
+        weights.append([1.0, *(weight for _, weight in chunk), 1.0, *[1.0] * fill_up])
+    with model.network("text_encoder") as text_encoder:
+        context = text_encoder(mx.array(ids))
+    weights = mx.array(weights)[:, :, None].astype(context.dtype)
+    if (weights != 1).any():
+        mean = context.mean((1, 2), keepdims=True)
+        context = context * weights
+        context = context * (mean / context.mean((1, 2), keepdims=True))
+    return context.reshape(len(sentences), 77 * k, -1)
+
+
+def show_tokens(model, text):
+    """Print how a StableDiffusion reads a prompt, word by word."""
+    if model.reader is read_weighted:
+        words = read_words(model.tokenizer, text)
+        counts = [len(chunk) for chunk in split_chunks(model.tokenizer, text)]
+    else:
+        words = [(*word, 1.0) for word in model.tokenizer.split(text)]
+        counts = [sum(len(ids) for _, _, ids, _ in words)]
+    for word, pieces, ids, weight in words:
+        times = "" if weight in (None, 1.0) else f"  x {weight:.3g}"
+        print(f"{word:20s} {' '.join(pieces):30s} {' '.join(map(str, ids))}{times}".rstrip())
+    print(" + ".join(map(str, counts)), "of 75 tokens")

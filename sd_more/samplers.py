@@ -1,0 +1,57 @@
+"""Two more samplers, "lms" and "lcm": importing this adds their rows to sd.SAMPLERS.
+
+Like those of sd.py they are generators, walk(denoise, x, timesteps, schedule, draw), that yield x
+once for each timestep.
+"""
+
+import itertools
+import math
+
+import numpy as np
+
+from sd import SAMPLERS, SPACINGS, Sampler, expect, in_sigmas
+
+
+@in_sigmas
+def sample_lms(ask, y, sigmas, draw):
+    """PLMS's idea with the true distances of up to four sigmas: the integral, over the coming step,
+    of the polynomial through the known eps. (Crowson's, in k-diffusion)
+
+    The polynomial is a sum over the known eps, each times a polynomial that is 1 at its own sigma
+    and 0 at the others' (Lagrange's). So each eps has that polynomial's integral for its weight.
+    """
+    old = []  # newest first
+    for i, (now, then) in enumerate(itertools.pairwise(sigmas)):
+        old = [ask(y, i)[1], *old][:4]
+        known = sigmas[i - len(old) + 1 : i + 1][::-1]  # where they were asked
+        for own, eps in zip(known, old):
+            others = [sigma for sigma in known if sigma != own]
+            integral = np.poly1d(others, r=True).integ()  # r: the numbers are its roots
+            weight = (integral(then) - integral(now)) / math.prod(own - sigma for sigma in others)
+            y = y + float(weight) * eps
+        yield y
+
+
+def sample_lcm(denoise, x, timesteps, schedule, draw):
+    """For models distilled to say x0 at once, mostly by an LCM-LoRA (Luo et al. 2023, arXiv
+    2311.05556), in 4 to 8 steps at a cfg of 1 to 2: believe x0, and add new noise for the next t.
+
+    They were trained with c_skip x + c_out x0 for the answer, so that at t = 0 it would be x. At
+    these t that is x0 but for millionths; it is kept to agree with other programs.
+    """
+    for t, t_next in itertools.pairwise([*timesteps, None]):
+        x0, _ = denoise(x, t)
+        time, data = 10 * t, 0.5  # the numbers of that training
+        x = time / math.hypot(time, data) * x0 + data**2 / (time**2 + data**2) * x
+        x = x if t_next is None else schedule.add_noise(x, draw(), t_next)
+        yield x
+
+
+def lcm_spacing(schedule, steps):
+    """Of the 50 timesteps 999, 979 ... 19 that such models were distilled at, as many, evenly."""
+    expect(steps <= 50, "steps", steps, "at most 50 with lcm; 4 to 8 are usual")
+    return [999 - 20 * int(50 * i / steps) for i in range(steps)]
+
+
+SPACINGS["lcm"] = lcm_spacing
+SAMPLERS |= {"lms": Sampler(sample_lms), "lcm": Sampler(sample_lcm, "lcm")}

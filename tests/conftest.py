@@ -1,0 +1,27 @@
+"""The fixtures of reference.py, for every test in this folder."""
+
+from tests.reference import (  # noqa: F401
+    checker,
+    control,
+    controlnet,
+    drawn,
+    exchanged,
+    flat,
+    flat_lora,
+    folder,
+    hole,
+    lora,
+    networks,
+    networks_v2,
+    pair,
+    picture,
+    refused,
+    run,
+    small,
+    their_tokenizer,
+    tiny,
+    tiny_pipeline,
+    tokenizer,
+    weights,
+    weights_v2,
+)
