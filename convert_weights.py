@@ -9,25 +9,30 @@ a tensor's name is its place in sd.py, a convolution's weight lies channels-last
 every 1x1 convolution is the linear layer it is, and a little JSON tells the rest. LoRAs,
 ControlNets and textual inversions become such files, too.
 
-    source  ->  {name: where its bytes are}           nothing is read yet            1 - 5
-            ->  which model is it?                    or a sentence why not          6, 8
-            ->  a plan: every tensor sd.py needs      name, shape, name in source    7, 10
-            ->  one tensor at a time: read, transpose, round, check, write           9
+    source  ->  {name: where its bytes are}           nothing is read yet            1, 2
+            ->  which model is it?                    or a sentence why not          3, 5
+            ->  a plan: every tensor sd.py needs      name, shape, name in source    4, 7
+            ->  one tensor at a time: read, transpose, round, check, write           6
 
-Nothing in a checkpoint is trusted. A .ckpt is a pickle, a little program that may call anything
-at all; section 2 steps through it without ever calling anything. A tensor is read only if sd.py
-needs it and its shape is the expected one. Whatever goes wrong ends in one sentence and no file.
-sd_more/formats/ has what the files of others look like in detail.
+Nothing in a checkpoint is trusted. A .ckpt is a pickle, a little program that may call anything at
+all; sd_more/formats/pickles.py steps through it without ever calling anything. A tensor is read
+only if sd.py needs it and its shape is the expected one. Whatever goes wrong ends in one sentence
+and no file. sd_more/formats/ has what the files of others look like in detail.
 
-     1 Tensors in their files     5 diffusers folders     9 Writing
-     2 Pickles, not executed      6 Which model is it?   10 Plans
-     3 PyTorch's two formats      7 Names                11 Convert
-     4 safetensors                8 Config               12 Command line
+     1 Files               4 Names      7 Plans
+     2 diffusers folders   5 Config     8 Convert
+     3 Which model is it?  6 Writing    9 Command line
 """
+
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until command(): no traceback for Ctrl-C
 
 import argparse
 import collections
 import contextlib
+import fcntl
 import hashlib
 import io
 import itertools
@@ -37,6 +42,7 @@ import os
 import re
 import struct
 import sys
+import time
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +53,18 @@ from mlx.utils import tree_flatten
 
 import sd
 from sd_more.formats import diffusers, hub, lora, others
+from sd_more.formats.tensor_files import read_safetensors
+from sd_more.formats.tensors import (
+    FLOATS,
+    NUMPY,
+    NotConvertible,
+    Tensor,
+    itemsize,
+    open_file,
+    read_small,
+    require,
+)
+from sd_more.formats.torch_files import check_sums, read_legacy, read_zip
 
 MERGES = sd.TINY.with_name("merges.txt")
 
@@ -55,66 +73,22 @@ class ConversionError(sd.SDError):
     """The text is the whole message: what is wrong, with which value, and what to do now."""
 
 
-class NotConvertible(Exception):
-    """Half a sentence, "it is ...", for blame() to put the file's name before."""
-
-
-def require(good, problem):
-    if not good:
-        raise NotConvertible(problem)
-
-
 @contextlib.contextmanager
 def blame(path):
     try:
         yield
     except NotConvertible as problem:
-        raise ConversionError(f"{path} was not converted: {problem}.") from None
+        raise ConversionError(f"{path} was not converted: {short(problem, 1200)}.") from None
 
 
-# %% 1. Tensors in their files ---------------------------------------------------------------------
-# All formats come down to the same thing: a tensor is a place in a file, a type, a shape and
-# strides (how many elements further the next row is). A checkpoint has gigabytes; of a Tensor only
-# these few numbers are in memory, until it is its turn to be written.
-
-# Names of types as safetensors writes them. NumPy has no bfloat16, it gets the 16 bits; what
-# is not in FLOATS is only ever skipped, so of those just the size matters.
-NUMPY = {
-    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1",
-    "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U64": "<u8", "U32": "<u4", "U16": "<u2",
-    "U8": "u1", "BOOL": "?", "C64": "<c8",
-}  # fmt: skip
-FLOATS = ("F64", "F32", "F16", "BF16")
+def short(text, most=80):  # what comes from a file may be of any length
+    text = str(text)
+    return text if len(text) <= most else text[:most] + "..."
 
 
-def itemsize(dtype):
-    return np.dtype(NUMPY[dtype]).itemsize
-
-
-class Tensor(NamedTuple):
-    path: Path
-    start: int  # of its first element, in bytes
-    dtype: str
-    shape: tuple
-    strides: tuple  # in elements, as PyTorch counts them
-
-    def float32(self):
-        """Read it. No memory map: a disk that fails then raises, and does not kill the process."""
-        size = itemsize(self.dtype)
-        steps = [(n - 1) * s for n, s in zip(self.shape, self.strides)]
-        length = (sum(steps) + 1) * size
-        with open(self.path, "rb") as file:
-            file.seek(self.start)
-            data = file.read(length)
-        if len(data) < length:
-            raise ConversionError(f"{self.path} ends early: it was cut off, or is being written.")
-        # np.ndarray checks that the strides stay inside the data; as_strided would not.
-        strides = [s * size if n > 1 else 0 for n, s in zip(self.shape, self.strides)]
-        array = np.ndarray(self.shape, NUMPY[self.dtype], data, strides=strides)
-        if self.dtype == "BF16":  # the upper half of a float32
-            return (array.astype("<u4") << 16).view("<f4")
-        with np.errstate(over="ignore"):  # what is too large for float32 is found in section 9
-            return array.astype("<f4")
+# %% 1. Files --------------------------------------------------------------------------------------
+# All formats come down to the same: names, and for each a tensor, which is a place in a file, a
+# type, a shape and strides (sd_more/formats/tensors.py). Which format it is, the first bytes say.
 
 
 @dataclass
@@ -123,403 +97,12 @@ class Source:
 
     path: Path
     tensors: dict
-    overrides: dict = field(default_factory=dict)  # numbers that it tells, see section 8
+    overrides: dict = field(default_factory=dict)  # numbers that it tells, see section 5
     told_by: str = ""  # who told these numbers
     mentions: set = field(default_factory=set)  # things a pickle wanted imported
     merges: Path = MERGES
+    files: set = field(default_factory=set)  # all that were read
     metadata: dict = field(default_factory=dict)  # text, from a safetensors header
-
-
-def printable(text, most=80):
-    """Names come from strangers: without control characters, which a terminal obeys, and cut."""
-    text = "".join(c if c.isprintable() and ord(c) < 127 else "?" for c in str(text)[: most + 1])
-    return text if len(text) <= most else text[:most] + "..."
-
-
-# %% 2. Pickles, not executed ----------------------------------------------------------------------
-# A pickle is a program for a small stack machine. Most instructions push a number or a string or
-# collect what is on the stack into a list. But some name a function and others call it, which is
-# how a checkpoint can run anything on the machine of whoever loads it. Here a name is looked up
-# in a list of five functions, for tensors and dicts, and the names of the storages. Any other
-# stays a Name, and to call a Name does nothing.
-#
-# Python's own pickle.Unpickler with a find_class that refuses is not enough: it must be given
-# *something* to call, it hashes dictionary keys (a tuple nested a million deep overflows the C
-# stack, no exception, the process is gone) and it allocates whatever a length field claims.
-
-MOST_OPCODES = 4_000_000  # a tensor takes 32, a whole training checkpoint about 100,000
-MOST_BYTES = 64 << 20  # of one field, or of a whole pickle in a zip; 1 MB is usual
-
-STORAGES = {
-    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
-    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",
-    "ByteStorage": "U8", "BoolStorage": "BOOL", "ComplexFloatStorage": "C64",
-    "UntypedStorage": "U8",
-}  # fmt: skip
-REBUILD_TENSOR = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2")
-REBUILD_PARAMETER = tuple(f"torch._utils._rebuild_parameter{end}" for end in ("", "_with_state"))
-KNOWN = (*REBUILD_TENSOR, *REBUILD_PARAMETER, "collections.OrderedDict")
-
-FRESH = {  # nothing, true, false, and the empty containers; a set would hash what is put in
-    b"N": lambda: None, b"\x88": lambda: True, b"\x89": bool,
-    b")": tuple, b"]": list, b"}": dict, b"\x8f": lambda: Name("set"),
-}  # fmt: skip
-FIXED = {b"K": "<B", b"M": "<H", b"J": "<i", b"G": ">d"}  # numbers of a fixed size
-COUNTED = {  # a length, then that many bytes of: text, old text, bytes, or an integer
-    b"X": ("<I", "utf-8"), b"\x8c": ("<B", "utf-8"), b"\x8d": ("<Q", "utf-8"),
-    b"T": ("<I", "latin-1"), b"U": ("<B", "latin-1"), b"\x8a": ("<B", "integer"),
-    b"B": ("<I", "bytes"), b"C": ("<B", "bytes"), b"\x8e": ("<Q", "bytes"),
-    b"\x96": ("<Q", "bytes"),
-}  # fmt: skip
-
-
-class Name(NamedTuple):
-    """Something the pickle calls by name. Never imported; calling it gives the Name again."""
-
-    text: str
-
-
-class Storage(NamedTuple):
-    key: str  # the name of its bytes in the file, see section 3
-    dtype: str
-    count: int
-
-
-class View(NamedTuple):
-    storage: Storage
-    offset: int
-    shape: tuple
-    strides: tuple
-
-
-class Pickle:
-    """One pickle, stepped through. Only dicts, lists, tuples, strings, numbers come out, with Name
-    and View among them. Storages and Names met on the way are added to the two collections."""
-
-    def __init__(self, file, storages, mentions):
-        self.file, self.storages, self.mentions = file, storages, mentions
-        # A mark starts a new stack on top of the old ones, so nothing can reach below it.
-        self.stack, self.below, self.memo = [], [], {}
-
-    def run(self):
-        for _ in range(MOST_OPCODES):
-            opcode = self.read(1)
-            if opcode == b".":
-                return self.pop()
-            self.step(opcode)
-        raise NotConvertible("its pickle does not come to an end")
-
-    def step(self, op):
-        push = lambda value: self.stack.append(value)
-        match op:
-            case _ if op in FRESH:
-                push(FRESH[op]())
-            case _ if op in FIXED:
-                push(self.number(FIXED[op]))
-            case _ if op in COUNTED:
-                push(self.counted(*COUNTED[op]))
-            case b"\x80" | b"\x95":  # the protocol's version; the length of a frame
-                self.read(1 if op == b"\x80" else 8)
-            case b"(":
-                self.below.append(self.stack)
-                self.stack = []
-            case b"t" | b"l":
-                items = self.to_mark()
-                push(tuple(items) if op == b"t" else items)
-            case b"\x85" | b"\x86" | b"\x87":  # tuples of one, two, three
-                items = [self.pop() for _ in range(op[0] - 0x84)]
-                push(tuple(reversed(items)))
-            case b"q" | b"r":
-                self.memo[self.number("<B" if op == b"q" else "<I")] = self.top()
-            case b"\x94":
-                self.memo[len(self.memo)] = self.top()
-            case b"h" | b"j":
-                push(self.recall(self.number("<B" if op == b"h" else "<I")))
-            case b"c":
-                push(self.name(self.line(), self.line()))
-            case b"\x93":
-                name, module = self.pop(), self.pop()
-                push(self.name(module, name))
-            case b"R" | b"\x81":  # call a function; make an object of a class
-                args, function = self.pop(), self.pop()
-                push(self.call(function, args))
-            case b"b" | b"0":  # an object's attributes, among which are no weights; drop the top
-                self.pop()
-            case b"s":
-                value, key = self.pop(), self.pop()
-                self.set_items([key, value])
-            case b"u":
-                self.set_items(self.to_mark())
-            case b"a":
-                self.extend([self.pop()])
-            case b"e" | b"\x90":
-                self.extend(self.to_mark())
-            case b"Q":
-                push(self.storage(self.pop()))
-            case _:
-                raise NotConvertible(
-                    f"its pickle holds the instruction {op!r}, which no weights need"
-                )
-
-    def recall(self, key):
-        require(key in self.memo, "its pickle refers to what it never stored")
-        return self.memo[key]
-
-    def read(self, count):
-        require(count <= MOST_BYTES, f"its pickle claims a field of {count} bytes")
-        data = self.file.read(count)
-        require(len(data) == count, "its pickle is cut off")
-        return data
-
-    def number(self, form):
-        return struct.unpack(form, self.read(struct.calcsize(form)))[0]
-
-    def counted(self, form, kind):
-        data = self.read(self.number(form))
-        if kind == "bytes":
-            return data
-        if kind == "integer":
-            return int.from_bytes(data, "little", signed=True)
-        return data.decode(kind, "replace")
-
-    def line(self):
-        line = self.file.readline(1024)
-        require(line.endswith(b"\n"), "its pickle is cut off")
-        return line[:-1].decode("utf-8", "replace")
-
-    def top(self):
-        require(self.stack, "its pickle takes from an empty stack")
-        return self.stack[-1]
-
-    def pop(self):
-        self.top()
-        return self.stack.pop()
-
-    def to_mark(self):
-        require(self.below, "its pickle has an end without a beginning")
-        items, self.stack = self.stack, self.below.pop()
-        return items
-
-    def name(self, module, name):
-        require(type(module) is type(name) is str, "its pickle names something without a name")
-        text = f"{module}.{name}"
-        if text not in KNOWN and self.dtype(text) is None:
-            self.mentions.add(text)
-        return Name(text)
-
-    def dtype(self, text):
-        module, _, name = text.rpartition(".")
-        return STORAGES.get(name) if module in ("torch", "torch.storage", "torch.cuda") else None
-
-    def call(self, function, args):
-        require(type(function) is Name and type(args) is tuple, "its pickle calls what has no name")
-        if function.text == "collections.OrderedDict" and len(args) == 0:
-            return {}
-        if function.text in REBUILD_TENSOR and len(args) >= 4:
-            # A seventh argument flags numbers still to be conjugated or negated. No weights are.
-            return Name("complex tensor") if len(args) > 6 and args[6] else self.view(*args[:4])
-        if function.text in REBUILD_PARAMETER and len(args) >= 1:
-            return args[0]
-        return function
-
-    def view(self, storage, offset, shape, strides):
-        good = type(storage) is Storage and type(shape) is type(strides) is tuple
-        require(good, "its pickle builds a tensor out of something else")
-        whole = all(type(n) is int and n >= 0 for n in (offset, *shape, *strides))
-        good = whole and len(shape) == len(strides) <= 8
-        require(good, "its pickle holds a tensor of an impossible shape")
-        last = offset + sum((n - 1) * s for n, s in zip(shape, strides))
-        inside = last < storage.count or not math.prod(shape)
-        require(inside, "its pickle holds a tensor that reaches beyond its bytes")
-        # 16 bytes can be "expanded" to a million times a million. No weights are.
-        expanded = math.prod(shape) > storage.count
-        return Name("expanded tensor") if expanded else View(storage, offset, shape, strides)
-
-    def storage(self, key):
-        """("storage", torch.FloatStorage, "17", "cpu", 1000) and, in old files, one None more"""
-        good = type(key) is tuple and len(key) in (5, 6) and all(k is None for k in key[5:])
-        require(good, "its pickle refers to data in an unknown way")
-        program = type(key[0]) is str and key[0] == "module"
-        require(not program, "it holds a program, not a dict of tensors; save state_dict()")
-        _, kind, name, _, count = key[:5]
-        dtype = self.dtype(kind.text) if type(kind) is Name else None
-        good = dtype and type(name) is str and type(count) is int and count >= 0
-        require(good, "its pickle refers to data of an unknown type")
-        storage = Storage(name, dtype, count)
-        # PyTorch silently goes by the first claim. Two claims about one storage: no honest file.
-        same = self.storages.setdefault(name, storage) == storage
-        require(same, f"its pickle calls storage {printable(name)} two different things")
-        return storage
-
-    def set_items(self, items):
-        target = self.top()
-        good = len(items) % 2 == 0 and type(target) in (dict, Name)
-        require(good, "its pickle puts items into what is not a dict")
-        if type(target) is dict:
-            for key, value in zip(items[::2], items[1::2]):
-                if type(key) in (str, int):  # anything else (classes, in Lightning's files) would
-                    target[key] = value  # have to be hashed
-
-    def extend(self, items):
-        target = self.top()
-        require(type(target) in (list, Name), "its pickle appends to what is not a list")
-        if type(target) is list:
-            target.extend(items)
-
-
-# %% 3. PyTorch's two formats ----------------------------------------------------------------------
-# Since version 1.6 (2020) a zip: NAME/data.pkl is the pickle, NAME/data/17 the bytes of storage
-# "17", not compressed. Before that five pickles one after the other, the fourth is the object, and
-# then the storages in the order of the fifth. The file's ending (.ckpt .pt .pth .bin) says nothing.
-
-LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-BIG_ENDIAN = "it was written on a big-endian machine; save it on another"
-
-
-def read_zip(path):
-    with zipfile.ZipFile(path) as archive:
-        members = {member.filename: member for member in archive.infolist()}
-        good = len(members) == len(archive.infolist()) <= 200_000
-        require(good, "its zip directory has two members of one name, or too many")
-    roots = [name[: -len("data.pkl")] for name in members if re.fullmatch("[^/]+/data.pkl", name)]
-    require(len(roots) == 1, "it is a zip archive, but not one that PyTorch made")
-    root = roots[0]
-    require(root + "constants.pkl" not in members, "it is TorchScript; a state dict is needed")
-    storages, mentions = {}, set()
-    with open(path, "rb") as file:
-        start, size = find_payload(file, members[root + "data.pkl"])
-        require(size <= MOST_BYTES, f"its pickle has {size} bytes, far more than any weights need")
-        file.seek(start)
-        top = Pickle(io.BytesIO(file.read(size)), storages, mentions).run()
-        if root + "byteorder" in members:
-            file.seek(find_payload(file, members[root + "byteorder"])[0])
-            require(file.read(6) == b"little", BIG_ENDIAN)
-        starts = {}
-        for key, storage in storages.items():
-            name = f"its storage {printable(key)}"
-            require(f"{root}data/{key}" in members, f"{name} is missing")
-            starts[key], size = find_payload(file, members[f"{root}data/{key}"])
-            expected = storage.count * itemsize(storage.dtype)
-            require(size == expected, f"{name} has {size} bytes, expected {expected}")
-    return unwrap_state_dict(path, top, starts, mentions)
-
-
-def find_payload(file, member):
-    """-> (start, size) of a member's bytes. zipfile would read them too, but in one piece, and it
-    insists on checksums, which PyTorch can be told to leave out."""
-    plain = not member.flag_bits & 1 and member.compress_type == zipfile.ZIP_STORED
-    require(plain, "it is compressed or encrypted; PyTorch's own files never are")
-    require(0 <= member.header_offset < file_size(file), "its zip directory contradicts itself")
-    file.seek(member.header_offset)
-    # The local header repeats the name, and may pad: only it knows where the bytes begin.
-    mark, name_length, padding = struct.unpack("<4s22xHH", file.read(30))
-    encoding = "utf-8" if member.flag_bits & 0x800 else "cp437"
-    same = file.read(name_length) == member.orig_filename.encode(encoding)
-    require(same and mark == b"PK\3\4", "its zip directory contradicts itself")
-    start, size = file.tell() + padding, member.file_size
-    require(member.compress_size == size and start + size <= file_size(file), "it is cut off")
-    return start, size
-
-
-def read_legacy(path):
-    storages, mentions, starts = {}, set(), {}
-    with open(path, "rb") as file:
-        magic = Pickle(file, {}, set()).run()
-        known = type(magic) is int and magic == LEGACY_MAGIC
-        require(known, "it is a pickle, but not one that PyTorch made")
-        Pickle(file, {}, set()).run()  # the version, 1001 ever since
-        system = Pickle(file, {}, set()).run()
-        require(type(system) is dict and system.get("little_endian") is True, BIG_ENDIAN)
-        top = Pickle(file, storages, mentions).run()
-        keys = Pickle(file, {}, set()).run()
-        good = type(keys) is list and all(type(k) is str and k in storages for k in keys)
-        require(good, "its list of storages is not that of its pickle")
-        for key in keys:
-            (count,) = struct.unpack("<q", file.read(8))
-            name, expected = f"its storage {printable(key)}", storages[key].count
-            require(count == expected, f"{name} has {count} numbers, expected {expected}")
-            starts[key] = file.tell()
-            end = file.tell() + count * itemsize(storages[key].dtype)
-            require(end <= file_size(file), "it is cut off")
-            file.seek(end)
-        require(len(starts) == len(storages), "some of its storages are missing")
-    return unwrap_state_dict(path, top, starts, mentions)
-
-
-def file_size(file):
-    return os.fstat(file.fileno()).st_size
-
-
-def unwrap_state_dict(path, top, starts, mentions):
-    """Unwrap {"state_dict": {...}}, at most twice: a dict can hold itself under that name."""
-    config = {}
-    for _ in range(3):
-        what = printable(top.text) if type(top) is Name else type(top).__name__
-        require(type(top) is dict, f"it holds a {what} and not a dict of tensors")
-        config = config or top.get("sd_config") or {}
-        if type(top.get("state_dict")) is not dict:
-            break
-        top = top["state_dict"]
-    if "string_to_param" in top:  # textual inversion, as AUTOMATIC1111's program writes it
-        good = type(top["string_to_param"]) is dict
-        require(good, "its string_to_param is not a plain dict; save it again as one")
-        top = {f"string_to_param.{name}": v for name, v in top["string_to_param"].items()}
-    tensors = {}
-    for name, view in top.items():
-        if type(name) is str and type(view) is View:
-            storage = view.storage
-            start = starts[storage.key] + view.offset * itemsize(storage.dtype)
-            tensors[name] = Tensor(path, start, storage.dtype, view.shape, view.strides)
-    require(type(config) is dict, "its sd_config is not a dict of numbers")
-    return Source(path, tensors, config, "the checkpoint's sd_config", mentions)
-
-
-# %% 4. safetensors --------------------------------------------------------------------------------
-# Eight bytes of length, that much JSON, then the tensors back to back. A reader's only work is to
-# distrust the JSON: the tensors must fill the rest of the file exactly, no hole and no overlap.
-
-
-def read_safetensors(path):
-    with open(path, "rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length), object_pairs_hook=refuse_duplicates)
-        data, size = 8 + length, file_size(file)
-    require(type(header) is dict, "its header is not a JSON object")
-    metadata = header.pop("__metadata__", None) or {}
-    good = type(metadata) is dict and all(type(v) is str for v in metadata.values())
-    require(good, "its metadata is not text")
-    tensors, ranges = {}, []
-    for name, entry in header.items():
-        dtype, shape, begin, end = check_entry(name, entry)
-        strides = [math.prod(shape[k + 1 :]) for k in range(len(shape))]
-        tensors[name] = Tensor(path, data + begin, dtype, shape, tuple(strides))
-        ranges.append((begin, end))
-    reached = 0
-    for begin, end in sorted(ranges):
-        require(begin == reached, "its tensors overlap, or leave a hole")
-        reached = end
-    reached += data
-    require(reached == size, f"its header describes {reached} bytes, it has {size}")
-    flat = metadata.get("format", "").startswith("sd.py")
-    require(not flat, "it is a flat file already. Give it to sd.py as it is")
-    return Source(path, tensors, metadata=metadata)
-
-
-def refuse_duplicates(pairs):
-    require(len(dict(pairs)) == len(pairs), "its header has two entries of one name")
-    return dict(pairs)
-
-
-def check_entry(name, entry):
-    """-> dtype, shape, begin, end"""
-    are_whole = lambda v: type(v) is list and all(type(n) is int and 0 <= n < 2**48 for n in v)
-    if type(entry) is dict and set(entry) == {"dtype", "shape", "data_offsets"}:
-        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        known = type(dtype) is str and dtype in NUMPY
-        good = are_whole(shape) and len(shape) <= 8 and are_whole(offsets) and len(offsets) == 2
-        if known and good and offsets[1] - offsets[0] == math.prod(shape) * itemsize(dtype):
-            return dtype, tuple(shape), *offsets
-    raise NotConvertible(f"its header has an impossible entry for {printable(name)}")
 
 
 DAMAGE = (
@@ -534,27 +117,46 @@ def read_file(path):
         there = "is not a file" if path.exists() else "does not exist"
         raise ConversionError(f"{path} {there}. Give a checkpoint or a diffusers folder.")
     size = path.stat().st_size
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         head = file.read(512)
     length = int.from_bytes(head[:8], "little")
     try:
         with blame(path):
             if head.startswith(b"PK\3\4"):
-                return read_zip(path)
-            if size > 8 and length <= min(size - 8, 100_000_000) and head[8:9] in (b"{", b" "):
-                return read_safetensors(path)
-            if head.startswith(b"\x80"):
-                return read_legacy(path)
-            what = others.name_file(head) or "in no format known here"
-            raise NotConvertible(f"it is {what if size else 'empty'}")
+                read = read_zip
+            elif size > 8 and length <= size - 8 and head[8:9] in (b"{", b" "):
+                read = read_safetensors
+            elif head.startswith(b"\x80"):
+                read = read_legacy
+            else:
+                what = others.name_file(head) or "in no format known here"
+                raise NotConvertible(f"it is {what if size else 'empty'}")
+            contents = read(path)
+            flat = contents.metadata.get("format", "").startswith("sd.py")
+            require(not flat, "it is a flat file already. Give it to sd.py as it is")
     except ConversionError:
         raise
     except DAMAGE as error:
-        why = f"{type(error).__name__}: {printable(error)}"
+        why = f"{type(error).__name__}: {short(error)}"
         raise ConversionError(f"{path} is damaged ({why}). Download it again.") from None
+    told_by = "the checkpoint's sd_config"
+    tensors, metadata, mentions = contents.tensors, contents.metadata, contents.mentions
+    return Source(
+        path, tensors, contents.config, told_by, mentions, metadata=metadata, files={path}
+    )
 
 
-# %% 5. diffusers folders --------------------------------------------------------------------------
+def read_json(path):
+    with blame(path):
+        try:
+            value = json.loads(read_small(path))
+        except (ValueError, RecursionError) as error:
+            raise NotConvertible(f"it is not readable JSON: {short(error)}") from None
+        require(type(value) is dict, "it is not a JSON object")
+    return value
+
+
+# %% 2. diffusers folders --------------------------------------------------------------------------
 # One folder per network, each with weights and a config.json, whose fields can describe many models
 # that are not Stable Diffusion 1 or 2 and whose tensors still look alike. So every field that
 # changes what is computed must have the value that sd.py's code has; sd_more/formats/diffusers.py
@@ -595,9 +197,9 @@ def check_pipeline(path, config):
     if (path / "model_index.json").exists():
         name = read_json(path / "model_index.json").get("_class_name")
         known = type(name) is str and diffusers.PIPELINES.fullmatch(name)
-        require(known, f"its _class_name is {printable(name)}, expected StableDiffusionPipeline")
+        require(known, f"its _class_name is {short(name)}, expected StableDiffusionPipeline")
     elif config:
-        name = printable(config.get("_class_name", "one network"))
+        name = short(config.get("_class_name", "one network"))
         raise NotConvertible(f"it is one part of a model ({name}). Give the folder above it")
 
 
@@ -627,7 +229,7 @@ def read_config(path, kind):
     with blame(path):
         if difference := diffusers.find_difference(config, kind):
             name, value, expected = difference
-            raise NotConvertible(f"its {name} is {printable(value)}, expected {expected}")
+            raise NotConvertible(f"its {name} is {short(value)}, expected {expected}")
     return config
 
 
@@ -638,8 +240,13 @@ def add_tensors(source, folder, kind):
         require(found, f"it has no weights: no {names}. Was the download complete?")
     for file in read_index(found) if found.suffix == ".json" else [found]:
         read = read_file(file)
-        source.tensors |= {f"{kind}/{name}": tensor for name, tensor in read.tensors.items()}
+        tensors = {f"{kind}/{name}": tensor for name, tensor in read.tensors.items()}
+        twice = ", ".join(sorted(tensors.keys() & source.tensors.keys())[:3])
+        with blame(file):
+            require(not twice, f"it holds what another part of the model holds, too: {twice}")
+        source.tensors |= tensors
         source.mentions |= read.mentions
+        source.files |= read.files
 
 
 def read_index(index):
@@ -649,22 +256,11 @@ def read_index(index):
     with blame(index):
         for name in files:  # a path in there could point anywhere
             plain = type(name) is str and re.fullmatch(r"[\w-][\w.-]*", name)
-            require(plain, f"it names the file {printable(name)}, expected plain names")
+            require(plain, f"it names the file {short(name)}, expected plain names")
     return [index.parent / name for name in sorted(set(files))]
 
 
-def read_json(path):
-    with blame(path):
-        require(path.stat().st_size <= MOST_BYTES, "it is far too large for what it should hold")
-        try:
-            value = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise NotConvertible(f"it is not readable JSON: {printable(error)}") from None
-        require(type(value) is dict, "it is not a JSON object")
-    return value
-
-
-# %% 6. Which model is it? -------------------------------------------------------------------------
+# %% 3. Which model is it? -------------------------------------------------------------------------
 # Names tell. Each part of a model has a few places where it may be; a name that is always there
 # shows which. The ORIGINAL names are CompVis' and OpenCLIP's, the DIFFUSERS names those of the
 # libraries diffusers and transformers (whose text encoder SD 1.x had from the beginning).
@@ -720,10 +316,10 @@ class Part(NamedTuple):
     def size(self, path, axis):
         """The length of one tensor along an axis, by which widths are read."""
         name = self.find(path)
-        require(name, f"the tensor {printable(self.names(path)[0])} is missing")
+        require(name, f"the tensor {short(self.names(path)[0])} is missing")
         shape = self.tensors[name].shape
         good = len(shape) > axis and shape[axis]
-        require(good, f"the tensor {printable(name)} has the shape {shape}")
+        require(good, f"the tensor {short(name)} has the shape {shape}")
         return shape[axis]
 
     def count_layers(self):
@@ -745,7 +341,7 @@ def find_parts(source, vae_source):
     require(not other, f"it is {other}. {known}")
     if unet is None:
         require(not vae, "it is a VAE alone. Convert a whole model and give this one to --vae")
-        other, few = others.name_part(tensors), ", ".join(map(printable, list(tensors)[:3]))
+        other, few = others.name_part(tensors), ", ".join(map(short, list(tensors)[:3]))
         require(not other, f"it is {other}, and a whole model is needed")
         few = f"Of its {len(tensors)} tensors the first are: {few or 'none at all'}"
         raise NotConvertible(f"it holds no Stable Diffusion. {few}")
@@ -761,7 +357,7 @@ def find_parts(source, vae_source):
     return unet, text, vae
 
 
-# %% 7. Names --------------------------------------------------------------------------------------
+# %% 4. Names --------------------------------------------------------------------------------------
 # What sd.py needs is what its classes hold: built without weights, which costs nothing, they say
 # each tensor's name and shape. For SD 1.x that is 686 in the UNet, 248 in the VAE and 196 in the
 # text encoder. Missing are the names in the source: a layer's name in sd.py -> the original's,
@@ -917,7 +513,7 @@ def match(specs, tensors):
         elif tensor.shape != shape and not (len(shape) == 2 and tensor.shape == (*shape, 1, 1)):
             wrong.append(f"{name} is {tensor.shape}, expected {shape}")
         found.append(Found(spec, name, tensor))
-    first = "; ".join(printable(line, 160) for line in missing[:3] + wrong[:3])
+    first = "; ".join(short(line, 160) for line in missing[:3] + wrong[:3])
     counts = f"{len(missing)} of {len(specs)} tensors are missing, {len(wrong)} are not as expected"
     require(not missing + wrong, f"{counts}. First: {first}")
     return found
@@ -932,7 +528,7 @@ def slice_qkv(tensor, index):
     return tensor._replace(start=start, shape=(rows, *tensor.shape[1:]))
 
 
-# %% 8. Config -------------------------------------------------------------------------------------
+# %% 5. Config -------------------------------------------------------------------------------------
 # Widths and depths are read from shapes. How many heads share a width, and a few other numbers,
 # leave no trace in any tensor. The published models follow a rule; a checkpoint may say otherwise
 # under "sd_config", as our miniature's does, and a diffusers folder in its config files. The
@@ -956,7 +552,7 @@ ORIGIN = (
 def override(config, told, told_by, known=OVERRIDES):
     """The config, with what the source tells in its place. Is it right? That is checked later."""
     good = type(told) is dict and told.keys() <= known.keys()
-    there = printable([*told] if type(told) is dict else type(told).__name__)
+    there = short([*told] if type(told) is dict else type(told).__name__)
     require(good, f"{told_by} may only hold {', '.join(known)}, got {there}")
     out = dict(config)
     for key, value in told.items():
@@ -1002,7 +598,7 @@ def check_config(config):
         model.check()
         return model
     except ValueError as problem:  # an SDError, or a number too long to be printed
-        raise NotConvertible(f"{printable(problem, 200)} {ORIGIN}") from None
+        raise NotConvertible(f"{short(problem, 200)} {ORIGIN}") from None
 
 
 def read_safety_sizes(vision):
@@ -1039,9 +635,9 @@ def find_prediction(asked, source, is_v2, found):
         return source.overrides["prediction"], f"from {source.told_by}"
     yaml = source.path.with_suffix(".yaml")
     if source.path.is_file() and yaml.is_file():
-        with open(yaml, encoding="utf-8", errors="replace") as file:
-            text = file.read(1 << 20)
-        line = re.search(r"^\s*parameterization:\s*[\"']?(\w+)", text, re.MULTILINE)
+        with blame(yaml):
+            text = read_small(yaml, 1 << 20).decode(errors="replace")
+        line = re.search(r"^[ \t]*parameterization:[ \t]*[\"']?(\w+)", text, re.MULTILINE)
         if line and line[1] in ("eps", "v"):
             return line[1], f"{yaml.name} beside it says so"
         if not line and "linear_start" in text:  # a config of the original's; eps is its default
@@ -1061,7 +657,8 @@ def find_prediction(asked, source, is_v2, found):
 
 def read_merges(path):
     """CLIP's 48,894 merges, "a b" per line, as bytes. Headers go, and lines CLIP never used."""
-    lines = path.read_text("utf-8", errors="replace").split("\n")
+    with blame(path):
+        lines = read_small(path, 1 << 22).decode(errors="replace").split("\n")
     lines = lines[1:] if lines[0].startswith("#version") else lines
     pairs = [line.split() for line in lines[:48894]]
     good = len(pairs) == 48894 and all(len(pair) == 2 for pair in pairs)
@@ -1071,7 +668,7 @@ def read_merges(path):
     return "".join(f"{a} {b}\n" for a, b in pairs).encode()
 
 
-# %% 9. Writing ------------------------------------------------------------------------------------
+# %% 6. Writing ------------------------------------------------------------------------------------
 # A safetensors file by hand: all sizes are known beforehand, so the header comes first and the
 # tensors follow one by one, each forgotten before the next is read. sd.write_complete gives the
 # file another name until it is complete.
@@ -1092,6 +689,7 @@ def make_header(found, dtype, merges, metadata):
     entries, reached = {"__metadata__": metadata}, 0
     last = [("tokenizer.merges", "U8", (len(merges),))] if merges else []
     for name, code, shape in shapes + last:
+        require(name not in entries, f"it has two tensors of the name {name}")
         end = reached + math.prod(shape) * itemsize(code)
         entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": [reached, end]}
         reached = end
@@ -1132,7 +730,7 @@ def cast(array, dtype):
     return np.where(np.isnan(array), np.uint16(0x7FC0), rounded.astype("<u2"))
 
 
-# %% 10. Plans -------------------------------------------------------------------------------------
+# %% 7. Plans --------------------------------------------------------------------------------------
 # What a source will become: one function for each kind, tried in order. LoRAs, ControlNets and
 # textual inversions become flat files of their own.
 
@@ -1171,7 +769,7 @@ def plan_model(source, vae_source, prediction):
     config["prediction"], reason = find_prediction(prediction, source, is_v2, found)
     if "size" not in source.overrides and is_v2 and config["prediction"] == "v":
         config["size"] = 768
-    name = printable(config["name"])
+    name = short(config["name"])
     report = [f"it predicts {config['prediction']} ({reason})", *report_oddities(source)]
     report += report_unused(source, found, unet, vae_source)
     notes = f"{name}: {why}. {config['prediction']}: {reason}."
@@ -1210,7 +808,7 @@ def plan_controlnet(source):
         defaults, told = published_defaults(is_v2, widths, context, layers=None), source.overrides
         numbers = override(defaults, {"unet": told.get("unet", {})}, source.told_by)["unet"]
         numbers |= {"widths": widths, "context_width": context}
-        there = f"no UNet has the numbers {printable(numbers, 200)}. {ORIGIN}"
+        there = f"no UNet has the numbers {short(numbers, 200)}. {ORIGIN}"
         require(sd.unet_is_whole(numbers), there)
         network = sd.ControlNetwork(**numbers).parameters()
         found = match(make_specs("controlnet", network, part), part.tensors)
@@ -1234,10 +832,12 @@ def plan_textual_inversion(source):
     if not keyed and not (plain and small):
         return None
     word, shape = source.path.stem if keyed else name, (1,) * (2 - len(tensor.shape)) + tensor.shape
+    good = word.strip() == word != "" and word.isprintable() and len(word) <= 100
+    require(good, "it is a textual inversion, but its word is none: rename the file")
     good = len(shape) == 2 and tensor.dtype in FLOATS and 0 < shape[0] <= 75
-    there = f"{printable(name)} is {tensor.shape}, of type {tensor.dtype}"
+    there = f"{short(name)} is {tensor.shape}, of type {tensor.dtype}"
     require(good, f"it is a textual inversion, but {there}, expected 1 to 75 vectors")
-    kind = f"a textual inversion: {printable(word)}, {shape[0]} vectors"
+    kind = f"a textual inversion: {short(word)}, {shape[0]} vectors"
     found = [Found(TensorSpec(word, shape), name, tensor)]
     return Plan(kind, {"kind": "words"}, found)  # a name that the first version's files have
 
@@ -1246,14 +846,11 @@ def plan_lora(source):
     """All its tensors must belong to layers that there are. Its alphas are put into up."""
     if not lora.is_lora(source.tensors) or find_part(source.tensors, "unet"):
         return None
-    try:
-        layers, unknown = lora.group(source.tensors)
-        alphas = lora.read_peft_alphas(read_peft_config(source))
-    except lora.LoRAError as problem:
-        raise NotConvertible(str(problem)) from None
+    layers, unknown = lora.group(source.tensors)
+    alphas = lora.read_peft_alphas(read_peft_config(source))
     known, found = name_lora_layers(), []
     unknown += [name for layer in layers.keys() - known.keys() for name in layers[layer].values()]
-    few = ", ".join(printable(name) for name in sorted(unknown)[:3])
+    few = ", ".join(short(name) for name in sorted(unknown)[:3])
     count = f"{len(unknown)} of its names belong to no layer of Stable Diffusion 1.x or 2.x"
     other = "it is a LoRA for another model, or one of a kind not known here"
     require(not unknown, f"{other}: {count}. First: {few}")
@@ -1305,7 +902,7 @@ def match_lora_layer(flat, tensors, alphas):
     if "alpha" in tensors:
         there = f"an alpha of the shape {shapes['alpha']}"
         require(math.prod(shapes["alpha"]) == 1, f"{layer} has {there}, expected one number")
-        alpha = float(tensors.pop("alpha")[1].float32().reshape(-1)[0]) or rank
+        alpha = tensors.pop("alpha")[1].float32().item() or rank
     good = rank > 0 and math.isfinite(alpha) and len(down) in (2, 4)
     good = good and (middle is None or len(middle) == 4 and middle[1] == rank)
     good = good and len(up) in (2, 4) and up[1] == (middle or down)[0] and set(up[2:]) <= {1}
@@ -1321,7 +918,7 @@ def match_lora_layer(flat, tensors, alphas):
     return found
 
 
-# %% 11. Convert -----------------------------------------------------------------------------------
+# %% 8. Convert ------------------------------------------------------------------------------------
 # Read, plan, report, write. Every tensor of a whole model is used, or known not to be needed, or
 # named as unknown. An unknown one is no error, but whoever trained something new into a model
 # should hear that it was left behind.
@@ -1342,60 +939,120 @@ NOT_NEEDED = (  # what it is, how its name begins
 )
 
 
+def tell(line):
+    sd.say(line, sys.stdout)
+
+
 def convert(
-    source, output=None, *, dtype="float16", prediction=None, vae=None, log=print, made_from=""
+    source, output=None, *, dtype="float16", prediction=None, vae=None, verify=False, log=tell,
+    made_from="",
 ):  # fmt: skip
     """Write the flat file, by default beside the source, and return its path.
 
-    made_from: put into its header, for flat_file to recognise what it had converted by itself.
-    Raises ConversionError, and then there is no output, and an older one is as it was.
+    verify: first compare the checksums in a .ckpt with its bytes. log: is called with each line of
+    the report. made_from: put into the header, for flat_file to recognise what it had converted by
+    itself. Raises ConversionError, and then there is no output, and an older one is as it was.
     """
     if dtype not in sd.DTYPES:
         raise ConversionError(f"dtype must be {', '.join(sd.DTYPES)}, got {dtype}.")
     if prediction not in (None, "eps", "v"):
         raise ConversionError(f"prediction must be eps or v, got {prediction}.")
-    source, name = Path(source), str(source)
-    try:
-        if not source.parent.is_dir() and hub.NAME.fullmatch(name):
-            output = output or f"{source.name}.flat.safetensors"
-            weights = {part: diffusers.WEIGHTS[part] for part in (*MODEL, "safety_checker")}
-            source = hub.fetch(name, weights, log)
+    source, vae = Path(source), vae and Path(vae)
+    with what_was_not_done(source, output):
+        asked, source = source, fetch(source, log)
         place = source.resolve() if source.is_dir() else source  # "." has no name
-        output, vae = Path(output or place.parent / name_output(place)), vae and Path(vae)
-        return convert_to(output, source, dtype, prediction, vae, log, made_from)
+        beside = place.parent / name_output(place)
+        if source != asked:  # it came from the hub, and lies in a cache
+            beside = Path(f"{asked.name}.flat.safetensors")
+        output = Path(output or beside)
+        check_output(output)
+        plan, sources = read_plan(source, vae, prediction, verify, log)
+        check_overwriting(output, source, plan.found)
+        for line in (f"{source}: {plan.kind}", *plan.report):
+            log(sd.printable(line))
+        metadata = make_metadata(source, sources, plan)
+        metadata |= {"made_from": made_from} if made_from else {}
+        with blame(source):
+            parts = plan.found, dtype, plan.merges, metadata
+            clear_stale(output.parent)
+            sd.write_complete(output, lambda file: write(file, *parts))
+    count = len(plan.found) + bool(plan.merges)
+    log(f"{output}: {count} tensors, {dtype}, {output.stat().st_size / 1e6:.0f} MB")
+    return output
+
+
+@contextlib.contextmanager
+def what_was_not_done(source, output=None):
+    try:
+        yield
     except hub.HubError as error:
-        raise ConversionError(printable(error, 500)) from None
+        raise ConversionError(short(error, 500)) from None
     except OSError as error:
-        where = error.filename or output
-        raise ConversionError(f"{where}: {error.strerror or error}. Nothing was written.") from None
+        where, what = error.filename or output or source, error.strerror or error
+        raise ConversionError(f"{where}: {what}. Nothing was written.") from None
     except RecursionError:
         raise ConversionError(f"{source} holds data that is nested far too deep.") from None
+
+
+def fetch(source, log):
+    """-> source, or where it is a name on the hub a folder with what is there."""
+    if source.parent.is_dir() or not hub.NAME.fullmatch(str(source)):
+        return source
+    weights = {part: diffusers.WEIGHTS[part] for part in (*MODEL, "safety_checker")}
+    return hub.fetch(str(source), weights, log)
+
+
+def read_plan(path, vae_path, prediction, verify, log):
+    """-> what the source will become; the source, and where there is another for the VAE that"""
+    sources = [read_source(path, vae_path)]
+    sources += [read_vae_source(vae_path)] if vae_path else []
+    for file in sorted(set.union(*(source.files for source in sources))) if verify else ():
+        with blame(file):
+            log(f"{file}: {verify_file(file)}")
+    return make_plan(sources[0], sources[1] if vae_path else None, prediction), sources
+
+
+def verify_file(path):
+    """-> what the checksums inside say; NotConvertible if they are not those of the bytes"""
+    if not zipfile.is_zipfile(path):
+        return "it has no checksums inside; its sizes add up"
+    right, none = check_sums(path)
+    return f"{right} checksums are right" + (f", {none} parts have none" if none else "")
+
+
+def make_metadata(path, sources, plan):
+    inside = lambda file: file != path and file.is_relative_to(path)
+    name = lambda file: str(file.relative_to(path)) if inside(file) else file.name
+    sums = {name(file): hash_file(file) for source in sources for file in source.files}
+    printable = path.name.encode("utf-8", "replace").decode()
+    return {
+        "format": sd.FORMAT, "config": json.dumps(plan.config), "source": printable,
+        "notes": plan.notes or plan.kind, "sha256": json.dumps(sums, sort_keys=True),
+    }  # fmt: skip
+
+
+def hash_file(path):
+    with open_file(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def name_output(path):
     return f"{path.name if path.is_dir() else path.stem}.flat.safetensors"
 
 
-def convert_to(output, path, dtype, prediction, vae_path, log, made_from):
+def check_output(output):
     if output.is_dir() or not output.parent.is_dir():
         what = "is a folder" if output.is_dir() else "is in a folder that does not exist"
         raise ConversionError(f"{output} {what}. Give -o the name of a file to write.")
-    source = read_source(path, vae_path)
-    vae_source = read_vae_source(vae_path) if vae_path else None
-    plan = make_plan(source, vae_source, prediction)
-    check_overwriting(output, path, plan.found)
-    for line in (f"{path}: {plan.kind}", *plan.report):
-        log(line)
-    name = path.name.encode("utf-8", "replace").decode()
-    metadata = {"format": sd.FORMAT, "config": json.dumps(plan.config), "source": name}
-    metadata |= {"notes": plan.notes or plan.kind}
-    metadata |= {"made_from": made_from} if made_from else {}
-    with blame(path):
-        parts = plan.found, dtype, plan.merges, metadata
-        sd.write_complete(output, lambda file: write(file, *parts))
-    count = len(plan.found) + bool(plan.merges)
-    log(f"{output}: {count} tensors, {dtype}, {output.stat().st_size / 1e6:.0f} MB")
-    return output
+
+
+def clear_stale(folder):
+    """Remove what processes that were killed left half written; what others write is locked."""
+    for part in folder.glob(f".*{sd.PART}"):
+        with contextlib.suppress(OSError), open_file(part) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if time.time() - part.stat().st_mtime > 10:  # it may be just about to be locked
+                part.unlink()
 
 
 def check_overwriting(output, path, found):
@@ -1408,7 +1065,7 @@ def check_overwriting(output, path, found):
 
 def report_oddities(source):
     if source.mentions:
-        few = ", ".join(printable(name) for name in sorted(source.mentions)[:5])
+        few = ", ".join(short(name) for name in sorted(source.mentions)[:5])
         more = f" and {len(source.mentions) - 5} more" if len(source.mentions) > 5 else ""
         yield f"this file mentions {few}{more}, which was not loaded"
     tensor, schedule = source.tensors.get("alphas_cumprod"), sd.Schedule(sd.scaled_linear())
@@ -1442,11 +1099,11 @@ def report_unused(source, found, unet, vae_source):
             "the averaged copies (EMA) were left out"
         )
     if unknown:
-        few = ", ".join(map(printable, unknown[:5]))
+        few = ", ".join(map(short, unknown[:5]))
         yield f"warning: {len(unknown)} tensors are unknown and were left out: {few}"
 
 
-# %% 12. Command line ------------------------------------------------------------------------------
+# %% 9. Command line -------------------------------------------------------------------------------
 
 
 def flat_file(path, log):
@@ -1475,7 +1132,115 @@ def flat_file(path, log):
     return convert(path, place, log=log, made_from=made_from)
 
 
-def main(argv=None):
+def describe(path, vae=None, prediction=None, verify=False):
+    """Yield lines that say what a file or a folder is, without converting it."""
+    path = Path(path)
+    metadata = sd.read_header(path)
+    if metadata.get("format", "").startswith("sd.py"):
+        yield from describe_flat(path, metadata)
+        return
+    lines = []
+    with what_was_not_done(path):
+        plan, sources = read_plan(path, vae and Path(vae), prediction, verify, lines.append)
+        yield from (*lines, f"{path}: {plan.kind}", *plan.report)
+        yield f"config: {json.dumps(plan.config)}"
+        for name, digest in json.loads(make_metadata(path, sources, plan)["sha256"]).items():
+            yield f"sha256 {digest}  {name}"
+
+
+def describe_flat(path, metadata):
+    kinds = "model", "lora", "words", "controlnet"
+    kind = next((k for k in kinds if f'"kind": "{k}"' in metadata.get("config", "")), "model")
+    _, weights = sd.read_flat(path, kind)
+    types = collections.Counter(str(w.dtype).removeprefix("mlx.core.") for w in weights.values())
+    yield f"{path}: a flat file ({metadata['format']}): {metadata.get('notes', kind)}"
+    yield ", ".join(f"{count} tensors {name}" for name, count in sorted(types.items()))
+    yield f"config: {metadata['config']}"
+    yield f"made from {metadata.get('source', 'a file that it does not name')}"
+    for name, digest in read_sums(metadata).items():
+        yield f"sha256 {digest}  {name}"
+
+
+def read_sums(metadata):
+    """-> {file: sha256} of what a flat file was made from; {} where it does not say"""
+    try:
+        sums = json.loads(metadata.get("sha256", "{}"))
+    except (ValueError, RecursionError):
+        sums = {}
+    return sums if type(sums) is dict else {}
+
+
+class Steady:
+    """Standard output or error as something that never fails: what a terminal can't show is
+    escaped, and when nobody reads it any more, or its disk is full, the work goes on.
+    """
+
+    def __init__(self, stream):
+        self.stream, self.problem = stream or io.StringIO(), None  # it may be closed
+
+    def write(self, text):
+        code = self.stream.encoding or "utf-8"
+        try:
+            self.stream.write(text.encode(code, "backslashreplace").decode(code))
+            self.stream.flush()
+        except OSError as error:
+            self.problem = error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def command(name):
+    """Around a program: what the user can mend ends in one line and exit status 2, without a
+    traceback. Ctrl-C and kill end it only after what is half written is removed.
+    """
+    for number in range(3):  # what is opened next must not become a closed standard error
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    out, err = Steady(sys.stdout), Steady(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), signals():
+        try:
+            yield
+            if out.problem and not isinstance(out.problem, BrokenPipeError):
+                raise sd.SDError(f"the standard output is not writable ({out.problem.strerror}).")
+        except FileNotFoundError as error:
+            stop(name, f"there is no file {error.filename}. Is the name right?")
+        except OSError as error:
+            stop(name, f"{error.filename or 'a file'}: {error.strerror or error}.")
+        except sd.SDError as error:
+            stop(name, error)
+        except MemoryError:
+            stop(name, "there is not enough memory for this. Try smaller or fewer pictures.")
+        except KeyboardInterrupt:
+            stop(f"\n{name}", "stopped", 130)
+
+
+def stop(name, message, status=2):
+    sd.say(f"{name}: {message}")
+    sys.exit(status)
+
+
+@contextlib.contextmanager
+def signals():
+    """Ctrl-C, kill and a closed terminal as exceptions, where nobody has chosen otherwise."""
+    old = {}
+    handlers = {signal.SIGINT: signal.default_int_handler}
+    handlers |= dict.fromkeys((signal.SIGTERM, signal.SIGHUP), lambda n, _: sys.exit(128 + n))
+    for number, handler in handlers.items():
+        if signal.getsignal(number) == signal.SIG_DFL:
+            old[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def make_parser():
     what = "Turn a Stable Diffusion 1.x or 2.x checkpoint, or a LoRA, a ControlNet or a textual "
     p = argparse.ArgumentParser(description=what + "inversion for one, into the file sd.py reads.")
     forms = "a .ckpt, .safetensors or diffusers folder, or org/name on the Hugging Face hub"
@@ -1487,12 +1252,21 @@ def main(argv=None):
     says = "what the UNet predicts, the noise or v (default: looked up or guessed, and printed)"
     p.add_argument("--prediction", choices=("eps", "v"), help=says)
     p.add_argument("--vae", metavar="FILE", help="take the VAE from this checkpoint or folder")
-    args = vars(p.parse_args(argv))
-    try:
-        convert(**args)
-    except sd.SDError as error:
-        print(f"convert_weights.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    sums = "first compare the checksums inside a .ckpt with its bytes, which reading it does not"
+    p.add_argument("--verify", action="store_true", help=sums)
+    info = "convert nothing, only print what SOURCE is; a flat file may be given, too"
+    p.add_argument("--info", action="store_true", help=info)
+    return p
+
+
+def main(argv=None):
+    with command("convert_weights.py"):
+        args = vars(make_parser().parse_args(argv))
+        if not args.pop("info"):
+            convert(**args)
+            return
+        for line in describe(args["source"], args["vae"], args["prediction"], args["verify"]):
+            tell(line)
 
 
 if __name__ == "__main__":

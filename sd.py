@@ -47,34 +47,36 @@ III  14 Command line
 [3] Song et al. 2021, 2010.02502 (DDIM)      [4] Liu et al. 2022, 2202.09778 (PLMS)
 [5] Radford et al. 2021, 2103.00020 (CLIP)   [6] Ho, Salimans 2022, 2207.12598 (guidance)
 [7] Salimans, Ho 2022, 2202.00512 (v)        [8] Meng et al. 2021, 2108.01073 (image to image)
-[9] Karras et al. 2022, 2206.00364           [10] Lu et al. 2022, 2211.01095 (DPM-Solver++)
-[11] Zhang et al. 2023, 2302.05543            [12] Hu et al. 2021, 2106.09685 (LoRA)
-[13] Lin et al. 2023, 2305.08891              [14] Song et al. 2021, 2011.13456 (score)
+[9] Karras et al. 2022, 2206.00364           [10] Song et al. 2021, 2011.13456 (score)
+[11] Zhang et al. 2023, 2302.05543           [12] Hu et al. 2021, 2106.09685 (LoRA)
+[13] Lin et al. 2023, 2305.08891 (no black pictures)
 File names in parentheses: CompVis/stable-diffusion on GitHub at 21f890f, mostly under ldm/.
 """
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#     "mlx; sys_platform == 'darwin'",
-#     "mlx[cpu]; sys_platform == 'linux'",
-#     "numpy",
-#     "safetensors",
-#     "regex",
-#     "pillow",
-# ]
+# dependencies = ["mlx; sys_platform == 'darwin'", "mlx[cpu]; sys_platform == 'linux'", "numpy",
+#                 "safetensors", "regex", "pillow"]
 # ///
+
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while all this is imported: no traceback
 
 import argparse
 import contextlib
+import fcntl
 import functools
 import importlib.util
 import itertools
 import json
 import math
 import os
+import reprlib
 import sys
 import tempfile
 import unicodedata
+import warnings
 from collections import namedtuple
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -95,8 +97,15 @@ PLACES = [HERE / folder / "tiny.safetensors" for folder in ("tiny", "sd_tiny")] 
 TINY = next((path for path in PLACES if path.is_file()), PLACES[0])
 
 
+def printable(text):  # without what a terminal would obey; names, too, come from strangers' files
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
 class SDError(ValueError):
     """What the user can fix. The text is the whole message: what, which value, what to do now."""
+
+    def __init__(self, text):
+        super().__init__(printable(text))
 
 
 # =================================================================================== I. The picture
@@ -130,7 +139,7 @@ class SDError(ValueError):
 # steps are not needed, either; section 7 says why 50 will do.
 #
 # Two more ways to say the same. The mean eps points away from where pictures are: -eps / sqrt(1 -
-# abar) is the gradient of log p(x), the score [14], p being how probable x is at this t. And since
+# abar) is the gradient of log p(x), the score [10], p being how probable x is at this t. And since
 # x is known, eps, x0 and their mixture v = sqrt(abar) eps - sqrt(1 - abar) x0 [7] are the same
 # knowledge, but the loss weighs them differently: near t = 999 eps is almost x itself, and guessing
 # it teaches little about x0; v is nearly -x0 there, and nearly eps at t = 0. (2.x at 768 says v.)
@@ -151,7 +160,7 @@ def leading(schedule, steps):
     return [1000 // steps * i + 1 for i in reversed(range(steps))]
 
 
-SPACINGS = {"leading": leading}  # name: function(schedule, steps); section 11 has another
+SPACINGS = {"leading": leading}  # name: function(schedule, steps); sd_more/samplers.py has more
 
 
 class Schedule:
@@ -230,7 +239,7 @@ class Tokenizer:
     def __init__(self, merges, pad=END, words=None):
         self.pad, self.words = pad, words or {}
         self.characters = byte_characters()
-        merges = [tuple(line.split(" ")) for line in merges.splitlines()]
+        merges = [tuple(line.split(" ")) for line in merges.strip("\n").split("\n")]
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
         ends = [character + "</w>" for character in self.characters.values()]
         vocabulary = [*self.characters.values(), *ends, *("".join(pair) for pair in merges)]
@@ -246,22 +255,19 @@ class Tokenizer:
         bpe("lighthouse")  ->  ("lighthouse</w>",)
         bpe("househunter") ->  ("house", "hunter</w>")
         """
-        pieces = [*word[:-1], word[-1] + "</w>"]
-        while len(pieces) > 1:
-            pairs = itertools.pairwise(pieces)
-            best = min(pairs, key=lambda pair: self.ranks.get(pair, len(self.ranks)))
-            if best not in self.ranks:
-                break
-            joined, i = [], 0
-            while i < len(pieces):
-                here = tuple(pieces[i : i + 2]) == best
-                joined.append(pieces[i] + pieces[i + 1] if here else pieces[i])
-                i += 2 if here else 1
-            pieces = joined
+        expect(len(word) <= 2000, "a word of the prompt", word, "at most 2,000 bytes long")
+        pieces, never = [*word[:-1], word[-1] + "</w>"], len(self.ranks)
+        ranks = [self.ranks.get(pair, never) for pair in itertools.pairwise(pieces)]
+        while (best := min(ranks, default=never)) < never:
+            i = ranks.index(best)
+            pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+            around = itertools.pairwise(pieces[max(0, i - 1) : i + 2])
+            ranks[max(0, i - 1) : i + 2] = [self.ranks.get(pair, never) for pair in around]
         return tuple(pieces)
 
     def split(self, text):
         """split("2 cats")  ->  [("2", ("2</w>",), [273]), ("cats", ("cats</w>",), [3989])]"""
+        expect(len(text) <= 20_000, "the prompt", text, "at most 20,000 characters long")
         found, at = [], 0
         for match in self.any_unit.finditer(text):
             found += self.split_plain(text[at : match.start()])
@@ -382,6 +388,15 @@ class LayerNorm(nn.Module):
         return y.astype(x.dtype) * self.weight + self.bias
 
 
+def softmax(x):
+    """exp(x) / sum of exp(x), over the last axis, in float32; for MLX's exp, too, is slow there."""
+    if on_gpu():
+        return mx.softmax(x, axis=-1, precise=True)
+    y = view(x)
+    y = np.exp(y - y.max(-1, keepdims=True))  # the largest as 0, or exp might be infinite
+    return mx.array(y / y.sum(-1, keepdims=True)).astype(x.dtype)
+
+
 # 0 far on the left, x far on the right, and a smooth bend between: without it two layers in a row
 # would be no more than one. gelu is x times the probability that a standard normal number is below
 # x; quick_gelu, which the first CLIP had, differs from it by up to 0.02.
@@ -436,8 +451,7 @@ class AttentionCore(nn.Module):
         if self.causal:
             later = mx.arange(n)[:, None] < mx.arange(n)
             scores = mx.where(later, -mx.inf, scores)  # exp(-inf) is 0
-        weights = mx.softmax(scores, axis=-1, precise=True)  # each row sums to 1; precise: float32
-        return matmul(weights, v).transpose(0, 2, 1, 3).reshape(b, n, c)
+        return matmul(softmax(scores), v).transpose(0, 2, 1, 3).reshape(b, n, c)
 
 
 # attention(x) is self-attention: positions of x look at each other, m = n. attention(x, context)
@@ -970,7 +984,7 @@ class StableDiffusion:
         """
 
         def denoise(x, t):
-            # round: t is whole, but for one of section 11's spacings.
+            # round: t is whole, but for Karras' spacing (sd_more/samplers.py).
             answer = self.predict(x.astype(self.dtype), round(t), condition).astype(mx.float32)
             if len(answer) > len(x):
                 uncond, text = mx.split(answer, 2)
@@ -1002,12 +1016,9 @@ class StableDiffusion:
         sentences = [prompt] if cfg == 1 else [negative_prompt, prompt]
         if negative_prompt and cfg == 1:
             say_once("at cfg 1 the negative prompt is not used.")
-        if latents is not None:
-            expect(tuple(latents.shape) == (b, h, w, 4), "latents", latents.shape, (b, h, w, 4))
+        expect(np.shape(latents) in ((), (b, h, w, 4)), "latents", np.shape(latents), (b, h, w, 4))
         if context is not None:
-            expect(
-                len(context) == len(sentences), "context", len(context), f"{len(sentences)} rows"
-            )
+            expect(len(context) == len(sentences), "context", context.shape, "one row a sentence")
         walk, spacing = SAMPLERS[sampler]
         timesteps = task.timesteps(self.schedule.timesteps(spacing, steps))
         each = [(rng or torch_normal)(seed + i) for i in range(b)]
@@ -1101,16 +1112,22 @@ class StableDiffusion:
 
 FORMAT = "sd.py 1"
 DTYPES = ("float32", "float16", "bfloat16")
+PART = ".sd-part"  # how a file ends that is being written
 RECONVERT = "Convert the checkpoint again, with convert_weights.py."
+
+
+def say(text, stream=None, end="\n"):  # a line for whoever reads it, by default on stderr
+    print(printable(text), end=end, file=stream or sys.stderr, flush=True)
 
 
 @functools.cache
 def say_once(message):  # what is not done, or is done differently from what one may expect
-    print(f"sd.py: {message}", file=sys.stderr)
+    say(f"sd.py: {message}")
 
 
 def expect(good, name, value, rule):
     if not good:
+        value = value if isinstance(value, (str, Path)) else reprlib.repr(value)
         raise SDError(f"{name} must be {rule}, got {str(value)[:80]}.")
 
 
@@ -1139,45 +1156,52 @@ class Config:
 
     def check(self):
         """SDError for numbers that would fail later, or paint something wrong in silence."""
-        text, unet, vae = self.text, self.unet, self.vae
+        text, unet, vae, safety = self.text, self.unet, self.vae, self.safety
+        scale, widths, together = vae["scale"], vae["widths"], "whole numbers that go together"
         for name, good, rule in (
             ("size", divides(64, self.size), "a multiple of 64"),
             ("prediction", self.prediction in ("eps", "v"), "eps or v"),
-            ("cfg", 0 <= self.cfg < 100, "0 to 100"),
-            ("unet", unet_is_whole(unet), "whole numbers, groups and heads divisors of the widths"),
+            ("cfg", type(self.cfg) in (int, float) and 0 <= self.cfg <= 100, "0 to 100"),
+            ("unet", unet_is_whole(unet), together),
             ("text.width", text["width"] == unet["context_width"], "unet.context_width"),
-            ("text.layers", divides(1, text["layers"]) and text["layers"] <= 100, "1 to 100"),
-            ("text.heads", divides(text["heads"], text["width"]), "a divisor of text.width"),
+            ("text", clip_is_whole(text, "vocabulary", "activation", "pad"), together),
             ("text.activation", text["activation"] in ("gelu", "quick_gelu"), "gelu or quick_gelu"),
             # MLX does not check the rows it takes from a table: beyond its end is other memory.
             ("text.vocabulary", divides(1, text["vocabulary"] - END), f"above {END}"),
-            ("text", len(text) == 6, "of six fields"),
             ("text.pad", type(text["pad"]) is int and 0 <= text["pad"] <= END, f"0 to {END}"),
-            ("vae.widths", len(vae["widths"]) == 4, "four numbers"),
-            ("vae.groups", divides(vae["groups"], *vae["widths"]), "a divisor of vae.widths"),
-            ("vae.scale", 0 < vae["scale"] < math.inf, "above 0"),
+            ("vae", len(widths) == 4 and divides(vae["groups"], *widths), together),
+            ("vae.scale", type(scale) in (int, float) and 0 < scale < 1e6, "0 to a million"),
+            ("safety", safety is None or clip_is_whole(safety, "projection"), together),
         ):
             expect(good, name, functools.reduce(dict.get, name.split("."), vars(self)), rule)
 
 
-def divides(n, *numbers):  # and are all whole numbers of a sensible size?
-    whole = all(type(i) is int and 0 < i <= 1 << 16 for i in (n, *numbers))
-    return whole and not any(number % n for number in numbers)
+def clip_is_whole(clip, *others):
+    layers, projection = clip["layers"], clip.get("projection", 1)
+    good = divides(clip["heads"], clip["width"]) and divides(1, layers, projection)
+    return good and layers <= 100 and clip.keys() == {"heads", "width", "layers", *others}
 
 
 def unet_is_whole(unet):  # or a ControlNet
     widths, heads, channels = unet["widths"], unet["heads"], unet.get("channels", 4)
     good = len(unet) - ("channels" in unet) == 4 and divides(1, channels) and channels in (4, 9)
     good = good and len(widths) == len(heads) == 4 and divides(1, unet["context_width"])
-    return good and divides(unet["groups"], *widths) and all(map(divides, heads, widths))
+    # The first width is also that of time's sines and cosines, half of it each.
+    good = good and divides(unet["groups"], *widths) and divides(2, widths[0])
+    return good and all(map(divides, heads, widths))
+
+
+def divides(n, *numbers):  # and are all whole numbers of a sensible size?
+    whole = all(type(i) is int and 0 < i <= 1 << 13 for i in (n, *numbers))
+    return whole and not any(number % n for number in numbers)
 
 
 def read_header(path):  # -> {name: text}, a safetensors file's metadata; {} for any other file
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError):
-        return {}
+    with contextlib.suppress(SafetensorError, OSError):
+        if Path(path).is_file():  # a pipe would wait for ever
+            with safe_open(path, framework="numpy") as file:
+                return file.metadata() or {}
+    return {}
 
 
 def read_flat(path, kind="model"):
@@ -1191,8 +1215,8 @@ def read_flat(path, kind="model"):
     # MLX trusts what the header says about sizes; safetensors checks it. So that goes first.
     metadata = read_header(path)
     if (found := metadata.get("format")) != FORMAT:
-        why = f"is damaged, or no flat file (not {FORMAT!r} but {found!r}). To make one:\n       "
-        raise SDError(f"{path} {why}python convert_weights.py {path}")
+        why = f"is damaged, or no flat file (not {FORMAT!r} but {found!r}). To make one:"
+        raise SDError(f"{path} {why} python convert_weights.py {path}")
     try:
         weights, config = mx.load(str(path), format="safetensors"), json.loads(metadata["config"])
         if config["kind"] != kind:
@@ -1204,10 +1228,13 @@ def read_flat(path, kind="model"):
         elif kind == "controlnet":
             good = unet_is_whole(config["unet"]) and type(config["pool"]) is bool
             expect(good, "its config", config, "of a network that can be built")
+        types = {w.dtype for name, w in weights.items() if name != "tokenizer.merges"}
+        good = types <= {choose_dtype(name) for name in DTYPES}
+        expect(good, "the type of its tensors", types, f"one of {', '.join(DTYPES)}")
     except SDError as error:
         raise SDError(f"{path} is of no use here: {error} {RECONVERT}") from None
     except (ValueError, TypeError, LookupError, RecursionError, RuntimeError) as error:
-        raise SDError(f"{path} has a damaged config ({error!r}). {RECONVERT}") from None
+        raise SDError(f"{path} is damaged ({reprlib.repr(error)}). {RECONVERT}") from None
     return config, weights
 
 
@@ -1244,10 +1271,9 @@ def load_weights(network, weights, prefix):
 
 
 def accelerate(network, dtype, fast=True):
-    """Exchange leaf layers for faster ones of the same meaning, where sd_more/ is there; cast. On a
-    CPU these work on all cores, in blocks that fit a cache, and keep 16-bit weights as they are in
-    the file, widened block by block. On a GPU it is MLX's fused attention.
-    """
+    """Exchange leaf layers for faster ones of the same meaning, where sd_more/ is there; cast. A
+    CPU's work on all cores, in blocks that fit a cache, and widen 16-bit weights block by block. A
+    GPU's is MLX's fused attention."""
     if not fast or importlib.util.find_spec("sd_more") is None:
         if fast:
             say_once("sd_more/ is not there: slower, no brackets in prompts, no safety checker.")
@@ -1262,35 +1288,44 @@ def accelerate(network, dtype, fast=True):
 
 
 def read_tokenizer(config, weights):
-    merges = bytes(np.array(weights.get("tokenizer.merges", mx.zeros(0)).astype(mx.uint8)))
-    expect(merges.count(b"\n") == START - 512, "tokenizer.merges", "others", "CLIP's")
-    return Tokenizer(merges.decode(errors="replace"), config.text["pad"], config.words)
+    merges = weights.get("tokenizer.merges", mx.zeros(0))
+    good = merges.dtype == mx.uint8 and merges.size < 1 << 20  # CLIP's are half of that
+    text = bytes(np.array(merges)) if good else b""
+    expect(text.count(b"\n") == START - 512, "tokenizer.merges", "others", "CLIP's")
+    return Tokenizer(text.decode(errors="replace"), config.text["pad"], config.words)
 
 
 def write_complete(path, write, overwrite=True):
-    """A file that appears complete or not at all: write(file) under another name, then rename it.
-    -> its path; without overwrite that or the first of path-2, path-3 ... that is free.
+    """A file that appears complete or not at all: write(file) under another name, then this one.
+    -> its path; without overwrite that or the first of path-2, path-3 ... that is free. Locked
+    while it is written: what nobody holds locked was left by a process that was killed.
     """
-    number, part = tempfile.mkstemp(".part", dir=path.parent)
+    number, part = tempfile.mkstemp(PART, ".", path.parent)
     try:
         with open(number, "wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
             write(file)
             file.flush()
-            os.fsync(file.fileno())
-        os.chmod(part, 0o644)  # mkstemp's files are for their owner only
-        path = path if overwrite else take_name(path)
-        os.replace(part, path)
-    except BaseException:  # Ctrl-C, too
-        os.unlink(part)
-        raise
-    return path
+            os.fsync(number)
+            os.fchmod(number, 0o644)  # mkstemp's files are for their owner only
+            if not overwrite:
+                return link_free(part, path)
+            os.replace(part, path)
+            return path
+    finally:  # after Ctrl-C, too
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(part)
 
 
-def take_name(path):  # at once, by an empty file, for other processes may be looking for one, too
+def link_free(part, path):  # -> the name at which the file is now
     for i in itertools.count(1):
         name = path.with_stem(f"{path.stem}-{i}") if i > 1 else path
         with contextlib.suppress(FileExistsError):
-            open(name, "xb").close()
+            try:
+                os.link(part, name)
+            except OSError:  # a USB stick's file system knows no second names; or it is taken
+                open(name, "xb").close()
+                os.replace(part, name)
             return name
 
 
@@ -1333,7 +1368,7 @@ def check_options(prompt, negative_prompt, seed, steps, cfg, sampler, width, hei
         ("negative_prompt", negative_prompt, isinstance(negative_prompt, str), "one text"),
         ("seed", seed, isinstance(seed, integer), "a whole number"),
         ("steps", steps, isinstance(steps, integer) and 1 <= steps <= 999, "1 to 999"),
-        ("n_images", n_images, isinstance(n_images, integer) and n_images >= 1, "at least 1"),
+        ("n_images", n_images, isinstance(n_images, integer) and 1 <= n_images <= 999, "1 to 999"),
         ("cfg", cfg, isinstance(cfg, number) and math.isfinite(cfg), "a finite number"),
         ("sampler", sampler, sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}"),
     ):
@@ -1342,6 +1377,7 @@ def check_options(prompt, negative_prompt, seed, steps, cfg, sampler, width, hei
         expect(isinstance(n, integer), name, n, "a multiple of 64")
         low = max(64, n // 64 * 64)
         expect(n % 64 == 0 < n, name, n, f"a multiple of 64, such as {low} or {low + 64}")
+    expect(width * height <= MOST_PIXELS, "the size", (width, height), "at most 4096 x 4096")
 
 
 # ================================================================================= II. Variations
@@ -1445,34 +1481,44 @@ def inpainting(config, picture, mask, strength=1.0):
     return (InpaintNine if nine else Inpaint)(picture, mask, strength)
 
 
-IMAGE_ERRORS = (OSError, ValueError, SyntaxError, RuntimeError, TypeError, EOFError, OverflowError)
-IMAGE_ERRORS += (Image.DecompressionBombError,)  # all that Pillow raises for damaged files
+MOST_PIXELS = 1 << 24  # 4096 x 4096, of a picture to paint; one to begin with may have 4 times that
+PICTURES = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+
+
+def open_picture(file):
+    """A path, an open file or a PIL picture -> a PIL picture, turned as its EXIF note says. Only of
+    formats that people paint from: Pillow goes by what is in a file, and starts a program for some.
+    """
+    if isinstance(file, (str, Path)) and not Path(file).is_file():
+        raise SDError(f"there is no file {file}. Is the name right?")
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            image = file if isinstance(file, Image.Image) else Image.open(file, formats=PICTURES)
+            if math.prod(image.size) > 4 * MOST_PIXELS:
+                raise OverflowError(f"{image.size} pixels are too many, most are {4 * MOST_PIXELS}")
+            return ImageOps.exif_transpose(image)
+    except Exception as error:  # noqa: BLE001  Pillow raises all kinds for damaged files
+        raise SDError(f"{file} is not readable as a picture: {error}") from None
 
 
 def load_picture(file, width=None, height=None, green_is_hole=False):
-    """A picture of any kind -> (RGB (h, w, 3), what is opaque (h, w)), float32 in [0, 1].
-
-    file: a path, an open file or a PIL picture; turned as its EXIF note says, resized to width and
-    height, by default the nearest multiples of 64. green_is_hole: pure green counts as transparent,
-    which is not for masks and poses, where green is a colour.
+    """file, as for open_picture -> (RGB (h, w, 3), what is opaque (h, w)), float32 in [0, 1];
+    resized to width and height, by default the nearest multiples of 64. green_is_hole: pure green
+    counts as transparent, which is not for masks and poses, where green is a colour.
     """
-    try:
-        image = ImageOps.exif_transpose(file if isinstance(file, Image.Image) else Image.open(file))
-        if image.mode.startswith("I"):  # grey with 16 bits; Pillow would cut it off at 255
-            image = Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8))
-        pixels = np.array(image.convert("RGBA"))
-    except FileNotFoundError:
-        raise SDError(f"there is no file {file}. Is the name right?") from None
-    except IMAGE_ERRORS as error:
-        raise SDError(f"{file} is not readable as a picture: {error}") from None
+    image = open_picture(file)
+    if image.mode.startswith("I"):  # grey with 16 bits; Pillow would cut it off at 255
+        image = Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8))
+    pixels = np.array(image.convert("RGBA"))
     if green_is_hole:  # before resizing mixes it with others
         pixels[(pixels[..., :3] == (0, 255, 0)).all(2), 3] = 0
     image = Image.fromarray(pixels)
-    near_width, near_height = (max(64, round(n / 64) * 64) for n in image.size)
-    size = (width or near_width, height or near_height)
+    near = (max(64, round(n / 64) * 64) for n in image.size)
+    size = tuple(n or own for n, own in zip((width, height), near))
+    name = Path(file).name if isinstance(file, (str, Path)) else "the picture"
+    expect(math.prod(size) <= MOST_PIXELS, f"the size of {name}", size, "at most 4096 x 4096")
     if size != image.size:
-        name = Path(file).name if isinstance(file, (str, Path)) else "the picture"
-        print("{}: resized {} x {} to {} x {}".format(name, *image.size, *size), file=sys.stderr)
+        say("{}: resized {} x {} to {} x {}".format(name, *image.size, *size))
         image = image.resize(size, Image.LANCZOS)
     pixels = np.asarray(image, np.float32) / 255
     return pixels[..., :3], pixels[..., 3]
@@ -1486,6 +1532,8 @@ def picture_and_mask(image, mask=None, width=None, height=None):
     if mask is not None:
         return picture, np.float32(load_picture(mask, *opaque.shape[::-1])[0].mean(2) > 0.5)
     hole = np.float32(opaque < 0.5)
+    if not hole.any():
+        return picture, hole
     known = (1 - hole)[..., None]
     mean = (picture * known).sum((0, 1)) / max(1, known.sum())  # far from the hole's edge
     around = (blur(picture * known, 16) + 1e-3 * mean) / (blur(known, 16) + 1e-3)
@@ -1495,8 +1543,7 @@ def picture_and_mask(image, mask=None, width=None, height=None):
 def blur(x, radius):
     """(h, w, c) -> the average over the square of that radius around each pixel."""
     for axis in (0, 1):
-        n = x.shape[axis]
-        total = np.insert(np.cumsum(x, axis, dtype=np.float64), 0, 0, axis)
+        n, total = x.shape[axis], np.insert(np.cumsum(x, axis, dtype=np.float64), 0, 0, axis)
         last, first = np.minimum(np.arange(n) + radius + 1, n), np.maximum(np.arange(n) - radius, 0)
         count = (last - first).reshape(-1, *[1] * (2 - axis))
         x = (total.take(last, axis) - total.take(first, axis)) / count
@@ -1507,8 +1554,7 @@ def blur(x, radius):
 # All ask the same question, denoise(x, t), and differ in how they go on from the answer, in the
 # coordinates of section 7 [9]: y = x / sqrt(abar) = x0 + sigma eps, where dy/dsigma is eps, and
 # hypot(1, sigma) is 1 / sqrt(abar). They start at the sigma of their first timestep (13.1 at 981,
-# 14.6 at 999) and go down to 0, where nothing is left in. (k-diffusion starts at 999; here all but
-# one take PLMS's timesteps, and paint other pictures. sd_more/samplers.py has two more.)
+# 14.6 at 999) and end at 0. (k-diffusion starts at 999. More are in sd_more/samplers.py.)
 
 
 def in_sigmas(walk):  # walk(ask, y, sigmas, draw), in these coordinates; ask(y, i) -> (x0, eps)
@@ -1538,41 +1584,8 @@ def sample_euler(ask, y, sigmas, draw, eta=0):
         yield y
 
 
-@in_sigmas
-def sample_dpm_2m(ask, y, sigmas, draw):
-    """DPM-Solver++(2M) [10]: follow x0 instead of eps; near the end it hardly changes, while eps
-    does, and with strong guidance high orders in eps become unstable. For a constant x0, y's
-    distance to it shrinks by then / now. So take x0 in the middle of the coming step, by a straight
-    line through the last two over log sigma; r is the last step's length over this one's.
-    """
-    old = None
-    for i, (now, then) in enumerate(itertools.pairwise(sigmas)):
-        x0, _ = ask(y, i)
-        toward = x0
-        if old is not None and then > 0:
-            r = math.log(sigmas[i - 1] / now) / math.log(now / then)
-            toward = x0 + (x0 - old) / (2 * r)
-        y, old = toward + then / now * (y - toward), x0
-        yield y
-
-
-def karras_spacing(schedule, steps):
-    """Sigmas evenly spaced in their 7th root [9, eq. 5], smaller steps near the end -> the t that
-    have them. As in diffusers' DPM-Solver the UNet is told the nearest whole one, in k-diffusion t.
-    """
-    last = len(schedule.log_sigmas) - 1
-    high, low = schedule.sigma(last) ** (1 / 7), schedule.sigma(0) ** (1 / 7)
-    sigmas = [(high + (low - high) * i / max(1, steps - 1)) ** 7 for i in range(steps)]
-    return [float(np.interp(math.log(s), schedule.log_sigmas, range(last + 1))) for s in sigmas]
-
-
-SPACINGS["karras"] = karras_spacing
-SAMPLERS |= {
-    "euler": Sampler(sample_euler),
-    "euler-a": Sampler(functools.partial(sample_euler, eta=1)),
-    "dpm++": Sampler(sample_dpm_2m),
-    "dpm++-karras": Sampler(sample_dpm_2m, "karras"),
-}
+SAMPLERS |= {"euler": Sampler(sample_euler)}
+SAMPLERS |= {"euler-a": Sampler(functools.partial(sample_euler, eta=1))}
 
 
 # %% 12. LoRA, clip skip ---------------------------------------------------------------------------
@@ -1584,7 +1597,6 @@ SAMPLERS |= {
 #
 # A convolution's down is (r, k, k, c), read as (r, k k c); some split it, into a 1 x 1 down (m, c)
 # and a 3 x 3 middle (r, 3, 3, m). The converter has put the file's own factor, alpha / r, into up.
-#
 # Clip skip leaves out the text model's last layers, as some models were trained to do.
 
 
@@ -1594,29 +1606,20 @@ def lora(path, strength=1.0):
     def change(config, weights):
         _, parts = read_flat(path, "lora")
         changed = {}
-        for name in sorted({name.rpartition(".")[0] for name in parts}):
-            weight = weights.get(f"{name}.weight")
-            product = lora_product(*(parts.get(f"{name}.{p}") for p in ("up", "down", "middle")))
-            if weight is None or product is None or product.size != weight.size:
-                raise SDError(f"{path} is for another model, or damaged: {name} does not fit.")
-            product = strength * product.reshape(weight.shape)
-            changed[f"{name}.weight"] = weight.astype(mx.float32) + product
+        parts = {name: part.astype(mx.float32) for name, part in parts.items()}
+        try:
+            for name in sorted({name.rpartition(".")[0] for name in parts}):
+                up, down, middle = (parts.get(f"{name}.{p}") for p in ("up", "down", "middle"))
+                weight = weights[f"{name}.weight"].astype(mx.float32)
+                down = down if middle is None else middle @ down
+                product = up @ down.reshape(len(down), -1)
+                changed[f"{name}.weight"] = weight + strength * product.reshape(weight.shape)
+        except (LookupError, TypeError, ValueError, AttributeError):
+            problem = f"for another model, or damaged: {name} does not fit"
+            raise SDError(f"{path} is {problem}.") from None
         return config, weights | changed
 
     return change
-
-
-def lora_product(up, down, middle):  # -> (o, k k c); None where these do not fit together
-    parts = (up, down) if middle is None else (up, down, middle)
-    if any(part is None or part.ndim < 2 or not part.size for part in parts):
-        return None
-    down = down.astype(mx.float32).reshape(len(down), -1)
-    if middle is not None:
-        if middle.shape[-1] != len(down):
-            return None
-        rows = middle.astype(mx.float32).reshape(-1, len(down))
-        down = (rows @ down).reshape(len(middle), -1)
-    return up.astype(mx.float32) @ down if up.shape[1:] == (len(down),) else None
 
 
 def clip_skip(count):
@@ -1728,12 +1731,12 @@ def main(argv=None):
         expect(output.suffix == ".png", "--output", output, "NAME.png")
         sd = StableDiffusion(model, dtype)
         for i, x in enumerate(sd.generate_latents(**args), 1):
-            print(f"step {i}/{args['steps']}", file=sys.stderr)
+            say(f"step {i}/{args['steps']}")
         for picture in sd.to_pictures(x):
             save = functools.partial(picture.save, format="PNG")
-            print(f"saved {write_complete(output, save, overwrite=False)}")
+            say(f"saved {write_complete(output, save, overwrite=False)}", sys.stdout)
     except (SDError, OSError) as error:
-        print(f"sd.py: {error}", file=sys.stderr)
+        say(f"sd.py: {error}")
         sys.exit(2)
 
 

@@ -7,7 +7,6 @@ which value, and what to do now. No file that is there is overwritten.
 """
 
 import argparse
-import io
 import math
 import sys
 import time
@@ -193,7 +192,7 @@ def make_task(args, config):
     if args.mask is None and mask.mean() <= 0.005:  # not for a few green or transparent pixels
         return ImageToImage(picture, **strength)
     task = sd.inpainting(config, picture, mask, **strength)
-    print(f"painting {mask.mean():.0%} of {args.image.name}", file=sys.stderr)
+    sd.say(f"painting {mask.mean():.0%} of {args.image.name}")
     return task
 
 
@@ -211,11 +210,7 @@ def flat_file(path):
     ours = sd.read_header(path).get("format", "").startswith("sd.py")
     if ours or not path.exists():  # a path that is not there gets its message from read_flat
         return path
-    return convert_weights.flat_file(path, log)
-
-
-def log(line):
-    print(line, file=sys.stderr)
+    return convert_weights.flat_file(path, sd.say)
 
 
 # %% Painting --------------------------------------------------------------------------------------
@@ -261,7 +256,7 @@ class Painter:
             return pictures
         pictures, flagged = check_safety(self.model, pictures, self.checker)
         for i in flagged:
-            log(f"sd.py: the safety checker blacked out seed {seed + i}")
+            sd.say(f"sd.py: the safety checker blacked out seed {seed + i}")
         return pictures
 
     def choose_name(self, number):
@@ -273,7 +268,7 @@ class Painter:
     def save(self, picture, path, prompt, seed, size=None, images=1):
         width, height = size or picture.size
         text = write_parameters(self.recipe, prompt, seed, width, height, images)
-        print(f"saved {save_png(picture, path, text)}")
+        sd.say(f"saved {save_png(picture, path, text)}", sys.stdout)
 
 
 def report_steps(walk, steps):
@@ -283,7 +278,7 @@ def report_steps(walk, steps):
     for i, x in enumerate(walk, 1):
         pace = (time.perf_counter() - start) / i
         line = f"step {i}/{steps}  {pace:.2f} s a step  {pace * (steps - i):.0f} s left "
-        print(line, end=end if i < steps else "\n", file=sys.stderr, flush=True)
+        sd.say(line, end=end if i < steps else "\n")
         yield i, x
 
 
@@ -303,20 +298,8 @@ def make_painter(args):
 
 
 def main(argv=None):
-    for stream in (sys.stdout, sys.stderr):  # a name or a prompt may hold what it can't show
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    try:
+    with convert_weights.command("sd.py"):
         run(parse(argv))
-    except FileNotFoundError as error:
-        stop(f"there is no file {error.filename}. Is the name right?")
-    except (SDError, OSError) as error:
-        stop(error)
-    except MemoryError:
-        stop("there is not enough memory for this. Try a smaller --width, --height or --n-images.")
-    except KeyboardInterrupt:
-        log("\nsd.py: stopped")
-        sys.exit(130)
 
 
 def run(args):
@@ -330,9 +313,3 @@ def run(args):
     painter = make_painter(args)
     for prompt, first, count, number in share_of_this_process(prompts, args.n_images):
         painter.paint(prompt, args.seed + first, count, number)
-
-
-def stop(message):
-    """End with exit status 2 and no traceback."""
-    log(f"sd.py: {message}")
-    sys.exit(2)

@@ -6,11 +6,17 @@ import mlx.core as mx
 
 from sd import SDError
 
+MOST_BYTES = 1 << 24  # of a file of prompts
+
 
 def read_prompts(path):
     """-> the lines of a text, without empty ones."""
+    if not path.is_file():
+        raise SDError(f"--prompts: there is no file {path}. Is the name right?")
+    if path.stat().st_size > MOST_BYTES:
+        raise SDError(f"--prompts {path}: it has more than {MOST_BYTES:,} bytes, too many.")
     try:
-        lines = path.read_text("utf-8-sig").splitlines()
+        lines = path.read_text("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise SDError(f"--prompts {path}: it is not a text in UTF-8 ({error}).") from None
     prompts = [line.strip() for line in lines if line.strip()]

@@ -11,9 +11,7 @@ import re
 import shlex
 from pathlib import Path
 
-from PIL import Image
-
-from sd import IMAGE_ERRORS, TINY, SDError
+from sd import TINY, SDError, open_picture
 
 OUR_NAMES = {  # of what has another name in other programs
     "euler a": "euler-a",
@@ -108,10 +106,7 @@ def read_parameters(path):
 def read_text(path):
     """-> a PNG's text; "" if it has none."""
     try:
-        with Image.open(path) as image:
-            text = image.info.get("parameters")
-    except FileNotFoundError:
-        raise SDError(f"--from-png {path}: there is no file {path}. Is the name right?") from None
-    except IMAGE_ERRORS as error:
-        raise SDError(f"--from-png {path}: it is not readable as a picture ({error}).") from None
+        text = open_picture(path).info.get("parameters")
+    except SDError as error:
+        raise SDError(f"--from-png: {error}") from None
     return text if isinstance(text, str) else ""

@@ -6,6 +6,7 @@ import tempfile
 
 from PIL.PngImagePlugin import PngInfo
 
+from convert_weights import clear_stale
 from sd import SDError, write_complete
 
 
@@ -17,6 +18,7 @@ def check_output(path):
         raise SDError(f"--output {path}: there is no folder {path.parent}. Make it first.")
     if len(os.fsencode(path.name)) > 220:  # systems allow 255, and numbers may have to go in
         raise SDError(f"--output {path}: the name is too long.")
+    clear_stale(path.parent)
     try:
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:

@@ -22,6 +22,7 @@ changes the prompt on the way, is a text with less weight, and AND is a word.
 """
 
 import re
+import sys
 
 import mlx.core as mx
 
@@ -141,5 +142,6 @@ def show_tokens(model, text):
         counts = [sum(len(ids) for _, _, ids, _ in words)]
     for word, pieces, ids, weight in words:
         times = "" if weight in (None, 1.0) else f"  x {weight:.3g}"
-        print(f"{word:20s} {' '.join(pieces):30s} {' '.join(map(str, ids))}{times}".rstrip())
-    print(" + ".join(map(str, counts)), "of 75 tokens")
+        line = f"{word:20s} {' '.join(pieces):30s} {' '.join(map(str, ids))}{times}"
+        sd.say(line.rstrip(), sys.stdout)
+    sd.say(f"{' + '.join(map(str, counts))} of 75 tokens", sys.stdout)

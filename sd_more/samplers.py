@@ -1,7 +1,7 @@
-"""Two more samplers, "lms" and "lcm": importing this adds their rows to sd.SAMPLERS.
+"""More samplers, "dpm++", "lms" and "lcm": importing this adds their rows to sd.SAMPLERS.
 
 Like those of sd.py they are generators, walk(denoise, x, timesteps, schedule, draw), that yield x
-once for each timestep.
+once for each timestep. Those marked in_sigmas compute in the coordinates of sd.py's section 11.
 """
 
 import itertools
@@ -10,6 +10,37 @@ import math
 import numpy as np
 
 from sd import SAMPLERS, SPACINGS, Sampler, expect, in_sigmas
+
+
+@in_sigmas
+def sample_dpm_2m(ask, y, sigmas, draw):
+    """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095): follow x0 instead of eps.
+
+    Near the end x0 hardly changes, while eps does, and with strong guidance high orders in eps
+    become unstable. For a constant x0, y's distance to it shrinks by then / now. So take x0 in the
+    middle of the coming step, by a straight line through the last two over log sigma; r is the last
+    step's length over this one's.
+    """
+    old = None
+    for i, (now, then) in enumerate(itertools.pairwise(sigmas)):
+        x0, _ = ask(y, i)
+        toward = x0
+        if old is not None and then > 0:
+            r = math.log(sigmas[i - 1] / now) / math.log(now / then)
+            toward = x0 + (x0 - old) / (2 * r)
+        y, old = toward + then / now * (y - toward), x0
+        yield y
+
+
+def karras_spacing(schedule, steps):
+    """Sigmas evenly spaced in their 7th root (Karras et al. 2022, arXiv 2206.00364, eq. 5), smaller
+    steps near the end -> the t that have them. As in diffusers' DPM-Solver the UNet is told the
+    nearest whole one, in k-diffusion t itself.
+    """
+    last = len(schedule.log_sigmas) - 1
+    high, low = schedule.sigma(last) ** (1 / 7), schedule.sigma(0) ** (1 / 7)
+    sigmas = [(high + (low - high) * i / max(1, steps - 1)) ** 7 for i in range(steps)]
+    return [float(np.interp(math.log(s), schedule.log_sigmas, range(last + 1))) for s in sigmas]
 
 
 @in_sigmas
@@ -53,5 +84,10 @@ def lcm_spacing(schedule, steps):
     return [999 - 20 * int(50 * i / steps) for i in range(steps)]
 
 
-SPACINGS["lcm"] = lcm_spacing
-SAMPLERS |= {"lms": Sampler(sample_lms), "lcm": Sampler(sample_lcm, "lcm")}
+SPACINGS |= {"karras": karras_spacing, "lcm": lcm_spacing}
+SAMPLERS |= {
+    "dpm++": Sampler(sample_dpm_2m),
+    "dpm++-karras": Sampler(sample_dpm_2m, "karras"),
+    "lms": Sampler(sample_lms),
+    "lcm": Sampler(sample_lcm, "lcm"),
+}

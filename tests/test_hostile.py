@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 import convert_weights
 from convert_weights import ConversionError
+from sd_more.formats.pickles import Pickles
 from tests.reference import write_folder
 
 # %% safetensors -----------------------------------------------------------------------------------
@@ -229,7 +230,7 @@ def test_a_hostile_pickle_in_the_old_format_is_refused_with_one_message(tmp_path
 def test_only_text_and_whole_numbers_become_keys():
     """Anything else would have to be hashed, which is where a deep nest of tuples kills Python."""
     data = pickle.dumps({("a",): 1, 2: 3, "b": 4, 1.5: 5, True: 6, b"c": 7}, 2)
-    assert convert_weights.Pickle(io.BytesIO(data), {}, set()).run() == {2: 3, "b": 4}
+    assert Pickles(io.BytesIO(data)).run() == {2: 3, "b": 4}
 
 
 def test_the_hand_made_tensor_is_good_when_nothing_is_wrong(tmp_path):

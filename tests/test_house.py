@@ -317,7 +317,8 @@ def test_alone_it_says_what_it_leaves_out(tmp_path):
     said = run_alone(tmp_path, code, "sd.py", prompt, *small).stderr
     assert said.count("brackets") == said.count("at the very end") == 1
     metadata = sd.read_header(sd.TINY)
-    config = json.loads(metadata["config"]) | {"safety": {"width": 64}}
+    safety = {"width": 64, "layers": 1, "heads": 1, "projection": 64}
+    config = json.loads(metadata["config"]) | {"safety": safety}
     metadata["config"] = json.dumps(config)
     mx.save_safetensors(str(tmp_path / "model.safetensors"), mx.load(str(sd.TINY)), metadata)
     assert "safety" in run_alone(tmp_path, code, "sd.py", *small).stderr

@@ -8,6 +8,8 @@ names are made underscores here, and the caller does the same with the layers th
 import math
 import re
 
+from .tensors import NotConvertible, require
+
 MARK = re.compile(r"lora_(unet|te\d?)_|.*[._]lora[._]")  # what a LoRA's first names look like
 ENDS = {  # how the names of a layer's tensors end, and what they are
     "up": r"\.lora_up|\.lora\.up|\.lora_B(\.default)?|_lora\.up|\.lora_linear_layer\.up",
@@ -24,10 +26,6 @@ OTHERS = (  # what it is, and a name that only it has
 )  # fmt: skip
 
 
-class LoRAError(Exception):
-    """Half a sentence, what the file is or has."""
-
-
 def is_lora(names):
     return any(map(MARK.match, names))
 
@@ -36,13 +34,14 @@ def group(names):
     """-> {layer: {"up", "down", "middle" or "alpha": name}}, and the names that belong to none."""
     for what, pattern in OTHERS:
         if any(re.match(pattern, name) for name in names):
-            raise LoRAError(f"it is {what}. Only a plain LoRA or LoCon will do")
+            raise NotConvertible(f"it is {what}. Only a plain LoRA or LoCon will do")
     layers, rest = {}, []
     for name in names:
         for part, end in ENDS.items():
             if match := end.fullmatch(name):
                 layer = normalize(match[1] + "_lora" * match[2].startswith("_lora"))
-                layers.setdefault(layer, {})[part] = name
+                same = layers.setdefault(layer, {}).setdefault(part, name)
+                require(same == name, f"it has one tensor under two names: {same} and {name}")
                 break
         else:
             rest.append(name)
@@ -70,10 +69,12 @@ def read_peft_alphas(config):
         start = network and f"{network}."
         alpha, rank = config.get(f"{start}lora_alpha"), config.get(f"{start}r")
         if config.get(f"{start}alpha_pattern") or config.get(f"{start}rank_pattern"):
-            raise LoRAError("it is a LoRA that has another alpha or rank for some layers (PEFT)")
+            raise NotConvertible(
+                "it is a LoRA that has another alpha or rank for some layers (PEFT)"
+            )
         if type(alpha) in (int, float) and type(rank) is int and rank > 0:
             if not (abs(alpha) < 1e6 and rank < 1e6):
-                raise LoRAError(f"it is a LoRA of alpha {alpha:.3g} and rank {rank:.3g}")
+                raise NotConvertible(f"it is a LoRA of alpha {alpha:.3g} and rank {rank:.3g}")
             if config.get(f"{start}use_rslora"):
                 alpha *= math.sqrt(rank)  # so that alpha / rank is what it should be
             alphas[network] = alpha

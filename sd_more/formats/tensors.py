@@ -1,0 +1,103 @@
+"""What all formats come down to: a tensor is a place in a file, a type, a shape and strides.
+
+A checkpoint has gigabytes; of a Tensor only these few numbers are in memory, until somebody reads
+it. Nothing that a file says is believed: what it claims to be large is refused, and what is not
+known is never read as if it were something else.
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+
+class NotConvertible(Exception):
+    """Half a sentence, "it is ...", for the caller to put the file's name before."""
+
+
+def require(good, problem):
+    if not good:
+        raise NotConvertible(problem)
+
+
+# %% Files -----------------------------------------------------------------------------------------
+
+MOST_BYTES = 16 << 20  # of what describes tensors: a header, a directory, a pickle; 1 MB is usual
+MOST_TENSORS = 50_000  # a whole training checkpoint has some 5,000
+
+
+def open_file(path):
+    """Open a regular file for reading. A pipe would wait for ever, and a device never end."""
+    require(path.is_file(), f"{path.name} is no file" if path.exists() else "it does not exist")
+    return open(path, "rb")
+
+
+def read_small(path, most=MOST_BYTES):
+    """-> the bytes of a file that is not to be large."""
+    with open_file(path) as file:
+        data = file.read(most + 1)
+    require(len(data) <= most, f"{path.name} has more than {most} bytes, far too many for it")
+    return data
+
+
+# %% Tensors ---------------------------------------------------------------------------------------
+
+# Names of types as safetensors writes them. NumPy has no bfloat16, it gets the 16 bits; what is
+# neither in FLOATS nor in WHOLE is only ever skipped, so of those just the size matters.
+NUMPY = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1",
+    "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U64": "<u8", "U32": "<u4", "U16": "<u2",
+    "U8": "u1", "BOOL": "?", "C64": "<c8",
+}  # fmt: skip
+FLOATS = ("F64", "F32", "F16", "BF16")
+WHOLE = ("I64", "I32", "I16", "I8")
+
+
+def itemsize(dtype):
+    return np.dtype(NUMPY[dtype]).itemsize
+
+
+class Tensor(NamedTuple):
+    path: Path
+    start: int  # of its first element, in bytes
+    dtype: str
+    shape: tuple
+    strides: tuple  # in elements, as PyTorch counts them
+
+    def float32(self):
+        """Read it. No memory map: a disk that fails then raises, and does not kill the process."""
+        require(self.dtype in FLOATS + WHOLE, f"it has numbers of the type {self.dtype}")
+        if not math.prod(self.shape):
+            return np.zeros(self.shape, "<f4")
+        size = itemsize(self.dtype)
+        steps = [(n - 1) * s for n, s in zip(self.shape, self.strides)]
+        length = (sum(steps) + 1) * size
+        with open_file(self.path) as file:
+            file.seek(self.start)
+            data = file.read(length)
+        early = f"{self.path.name} ends early: it was cut off, or is being written"
+        require(len(data) == length, early)
+        # np.ndarray checks that the strides stay inside the data; as_strided would not.
+        strides = [s * size if n > 1 else 0 for n, s in zip(self.shape, self.strides)]
+        array = np.ndarray(self.shape, NUMPY[self.dtype], data, strides=strides)
+        if self.dtype == "BF16":  # the upper half of a float32
+            return (array.astype("<u4") << 16).view("<f4")
+        with np.errstate(all="ignore"):  # what is too large for float32 is found by the caller
+            return array.astype("<f4")
+
+
+@dataclass
+class Contents:
+    """What a file holds, by the name of each tensor, and what it says besides."""
+
+    tensors: dict
+    mentions: set = field(default_factory=set)  # things a pickle wanted imported
+    config: dict = field(default_factory=dict)  # a checkpoint's "sd_config"
+    metadata: dict = field(default_factory=dict)  # text, from a safetensors header
+
+    def __post_init__(self):
+        count, longest = len(self.tensors), max(map(len, self.tensors), default=0)
+        require(count <= MOST_TENSORS, f"it has {count} tensors, far more than any model here")
+        require(longest <= 1000, f"it has a tensor's name of {longest} characters")
