@@ -1171,8 +1171,8 @@ def read_sums(metadata):
 
 
 class Steady:
-    """Standard output or error as something that never fails: what a terminal can't show is
-    escaped, and when nobody reads it any more, or its disk is full, the work goes on.
+    """Standard output or error as something that never fails: what a terminal can't show, or would
+    obey, is escaped, and when nobody reads it any more, or its disk is full, the work goes on.
     """
 
     def __init__(self, stream):
@@ -1180,6 +1180,8 @@ class Steady:
 
     def write(self, text):
         code = self.stream.encoding or "utf-8"
+        if text != "\r":  # which begins the line anew, and is not part of a name
+            text = "".join(c if c in "\n\t" else sd.printable(c) for c in text)
         try:
             self.stream.write(text.encode(code, "backslashreplace").decode(code))
             self.stream.flush()

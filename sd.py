@@ -255,7 +255,6 @@ class Tokenizer:
         bpe("lighthouse")  ->  ("lighthouse</w>",)
         bpe("househunter") ->  ("house", "hunter</w>")
         """
-        expect(len(word) <= 2000, "a word of the prompt", word, "at most 2,000 bytes long")
         pieces, never = [*word[:-1], word[-1] + "</w>"], len(self.ranks)
         ranks = [self.ranks.get(pair, never) for pair in itertools.pairwise(pieces)]
         while (best := min(ranks, default=never)) < never:
@@ -282,6 +281,7 @@ class Tokenizer:
         for word in WORD.findall(text):
             # <|ENDOFTEXT|> is no mark, and looks like one only in lower case: it is three words.
             for w in (word[:2], word[2:-2], word[-2:]) if word in MARKS else (word,):
+                expect(len(w) <= 500, "a word of the prompt", w, "at most 500 characters long")
                 pieces = self.bpe("".join(self.characters[x] for x in w.encode(errors="replace")))
                 found.append((w, pieces, [self.ids[piece] for piece in pieces]))
         return found
@@ -1207,11 +1207,11 @@ def read_header(path):  # -> {name: text}, a safetensors file's metadata; {} for
 def read_flat(path, kind="model"):
     """-> (config, {name: array}) of a flat file, or SDError saying what is wrong with it. kind:
     "model", whose config is a Config; "lora", "words" (textual inversion), "controlnet": a dict.
-    The arrays are read from the disk only when they are first used.
-    """
+    The arrays are read from the disk only when they are first used."""
     path, what = Path(path), kind.replace("words", "textual inversion")
     if not path.is_file():
         raise SDError(f"there is no {what} at {path}. Is the name right?")
+    expect(str(path).encode(errors="ignore").decode() == str(path), "its name", path.name, "UTF-8")
     # MLX trusts what the header says about sizes; safetensors checks it. So that goes first.
     metadata = read_header(path)
     if (found := metadata.get("format")) != FORMAT:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sd import TINY, SDError, open_picture
 
+MOST_TEXT = 100_000
 OUR_NAMES = {  # of what has another name in other programs
     "euler a": "euler-a",
     "dpm++ 2m": "dpm++",
@@ -87,10 +88,8 @@ def read_parameters(path):
     text, _, line = text.rpartition("\nSteps: ")
     prompt, _, negative = text.partition("\nNegative prompt: ")
     options = {"prompt": prompt, "negative_prompt": negative}
-    pattern = r'\s*([^:,]+): ("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)'
     try:
-        for name, value in re.findall(pattern, "Steps: " + line):
-            value = json.loads(value) if value.startswith('"') else value
+        for name, value in split_fields("Steps: " + line):
             if name == "Size":
                 options["width"], options["height"] = map(int, value.split("x"))
             elif name in PARAMETERS:
@@ -103,10 +102,28 @@ def read_parameters(path):
     return options
 
 
+FIELD = re.compile(r'\s*([^:,\s][^:,]*): ("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+
+
+def split_fields(line):
+    """Yield (name, value) of "Steps: 20, Model: "a, b"", each looked for behind the last one."""
+    at = 0
+    while at < len(line):
+        if match := FIELD.match(line, at):
+            name, value = match.groups()
+            yield name, json.loads(value) if value.startswith('"') else value
+            at = match.end()
+        else:
+            at = (line.find(",", at) + 1) or len(line)
+
+
 def read_text(path):
     """-> a PNG's text; "" if it has none."""
     try:
         text = open_picture(path).info.get("parameters")
     except SDError as error:
         raise SDError(f"--from-png: {error}") from None
-    return text if isinstance(text, str) else ""
+    text = text if isinstance(text, str) else ""
+    if len(text) > MOST_TEXT:
+        raise SDError(f"--from-png {path}: its text has {len(text):,} characters, too many.")
+    return text

@@ -32,14 +32,15 @@ PROMPT_MARKS = re.compile(
     r"""
       \\ [()\[\]\\]                                      # a bracket or backslash that is meant
     | [()\[\]]                                          # a bracket that weighs
-    | : \s* [+-]? (?: \d+\.?\d* | \.\d+ ) \s* \)         # :1.3)
-    | \s* \b BREAK \b \s*
-    | [^\\()\[\]:] (?: (?!\s*\bBREAK\b) [^\\()\[\]:] )* # text, as far as none of these begins
+    | : \s* [+-]? (?: \d+ (?: \.\d* )? | \.\d+ ) \s* \) # :1.3)
+    | [^\\()\[\]:]+                                     # text
     | [\\:]                                             # a character that means nothing here
     """,
     re.VERBOSE,
 )
 FACTORS = {"(": 1.1, "[": 1 / 1.1}
+DEEPEST = 100  # of brackets in brackets
+MOST_CHUNKS = 100
 
 
 def parse_weights(text):
@@ -48,6 +49,7 @@ def parse_weights(text):
     parse_weights("a (red:1.5) [small] house")
     ->  [("a ", 1.0), ("red", 1.5), (" ", 1.0), ("small", 0.909...), (" house", 1.0)]
     """
+    sd.expect(len(text) <= 20_000, "the prompt", text, "at most 20,000 characters long")
     pieces = []  # [text, weight]
     opened = {"(": [], "[": []}  # for each bracket that is not closed, how many pieces came before
 
@@ -59,21 +61,34 @@ def parse_weights(text):
     for token in PROMPT_MARKS.findall(text):
         if token in opened:
             opened[token].append(len(pieces))
+            depth = len(opened["("]) + len(opened["["])
+            sd.expect(depth <= DEEPEST, "brackets", depth, f"at most {DEEPEST} deep")
         elif token[0] == ":" and token[-1] == ")" and opened["("]:
-            close("(", float(token[1:-1]))
+            weight = float(token[1:-1])
+            sd.expect(abs(weight) <= 1000, "a weight in the prompt", weight, "at most 1,000")
+            close("(", weight)
         elif token == ")" and opened["("]:
             close("(", FACTORS["("])
         elif token == "]" and opened["["]:
             close("[", FACTORS["["])
-        elif token.strip() == "BREAK":
-            pieces.append(["BREAK", None])
+        elif token[0] == "\\" and len(token) > 1:  # an escaped bracket
+            pieces.append([token[1:], 1.0])
         else:
-            escaped = token[0] == "\\" and len(token) > 1
-            pieces.append([token[1:] if escaped else token, 1.0])
+            pieces += split_breaks(token)
     for bracket, factor in FACTORS.items():  # those that are never closed
         while opened[bracket]:
             close(bracket, factor)
     return join_equal(pieces)
+
+
+def split_breaks(text):
+    """ "a BREAK b" -> [["a", 1.0], ["BREAK", None], ["b", 1.0]]"""
+    first, *rest = re.split(r"\bBREAK\b", text)
+    pieces = [[first.rstrip() if rest else first, 1.0]]
+    for i, part in enumerate(rest, 1):
+        part = part.lstrip()
+        pieces += [["BREAK", None], [part.rstrip() if i < len(rest) else part, 1.0]]
+    return [piece for piece in pieces if piece[0]]
 
 
 def join_equal(pieces):
@@ -116,6 +131,9 @@ def read_weighted(model, sentences):
     """-> (number of sentences, 77 k, width), k for the longest; the others get empty chunks."""
     each = [split_chunks(model.tokenizer, sentence) for sentence in sentences]
     k = max(map(len, each))
+    sd.expect(
+        k <= MOST_CHUNKS, "the prompt", f"{k} times as many", f"75 tokens {MOST_CHUNKS} times"
+    )
     chunks = [chunk for found in each for chunk in found + [[]] * (k - len(found))]
     ids, weights = [], []
     for chunk in chunks:
