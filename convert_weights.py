@@ -43,6 +43,7 @@ import re
 import struct
 import sys
 import time
+import warnings
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -968,6 +969,8 @@ def convert(
         check_output(output)
         plan, sources = read_plan(source, vae, prediction, verify, log)
         check_overwriting(output, source, plan.found)
+        if made_from:
+            log(f"{source.name} is not a flat file. Converting it once, to {output}")
         for line in (f"{source}: {plan.kind}", *plan.report):
             log(sd.printable(line))
         metadata = make_metadata(source, sources, plan)
@@ -1128,7 +1131,6 @@ def flat_file(path, log):
     free = not os.path.lexists(beside) or "made_from" in sd.read_header(beside)
     place = beside if free and os.access(path.parent, os.W_OK) else cached
     place.parent.mkdir(parents=True, exist_ok=True)
-    log(f"{path.name} is not a flat file. Converting it once, to {place}")
     return convert(path, place, log=log, made_from=made_from)
 
 
@@ -1204,7 +1206,8 @@ def command(name):
         except OSError:
             os.open(os.devnull, os.O_RDWR)
     out, err = Steady(sys.stdout), Steady(sys.stderr)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), signals():
+    quiet = warnings.catch_warnings(action="ignore")  # what matters of them is said in words
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), signals(), quiet:
         try:
             yield
             if out.problem and not isinstance(out.problem, BrokenPipeError):
@@ -1218,11 +1221,12 @@ def command(name):
         except MemoryError:
             stop(name, "there is not enough memory for this. Try smaller or fewer pictures.")
         except KeyboardInterrupt:
-            stop(f"\n{name}", "stopped", 130)
+            sd.say("")  # behind the line that tells the progress
+            stop(name, "stopped", 130)
 
 
 def stop(name, message, status=2):
-    sd.say(f"{name}: {message}")
+    sd.say(f"{name}: {short(message, 2000)}")
     sys.exit(status)
 
 

@@ -105,7 +105,7 @@ class SDError(ValueError):
     """What the user can fix. The text is the whole message: what, which value, what to do now."""
 
     def __init__(self, text):
-        super().__init__(printable(text))
+        super().__init__(printable(text)[:2000])
 
 
 # =================================================================================== I. The picture
