@@ -150,7 +150,7 @@ def read_file(path):
 def read_json(path):
     with blame(path):
         try:
-            value = json.loads(read_small(path))
+            value = json.loads(read_small(path).decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise NotConvertible(f"it is not readable JSON: {short(error)}") from None
         require(type(value) is dict, "it is not a JSON object")
@@ -700,7 +700,8 @@ def make_header(found, dtype, merges, metadata):
 
 
 def make_array(spec, tensor, dtype):
-    array = tensor.float32().reshape(spec.shape) * np.float32(spec.factor)
+    with np.errstate(all="ignore"):  # what is not finite is found below
+        array = tensor.float32().reshape(spec.shape) * np.float32(spec.factor)
     if array.ndim == 4:
         array = array.transpose(0, 2, 3, 1)
     # Not a formality: transpose() only renames the axes, and the bytes are what is written.
@@ -1052,7 +1053,7 @@ def check_output(output):
 def clear_stale(folder):
     """Remove what processes that were killed left half written; what others write is locked."""
     for part in folder.glob(f".*{sd.PART}"):
-        with contextlib.suppress(OSError), open_file(part) as file:
+        with contextlib.suppress(OSError, NotConvertible), open_file(part) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if time.time() - part.stat().st_mtime > 10:  # it may be just about to be locked
                 part.unlink()

@@ -953,7 +953,7 @@ class StableDiffusion:
         if self.reader is not None:
             return self.reader(self, sentences)
         for unread in filter(None, map(self.tokenizer.unread, sentences)):
-            say_once(f'the prompt is longer than CLIP\'s 75 tokens. Not read: "{unread}"')
+            say_once(f'the prompt is longer than CLIP\'s 75 tokens. Not read: "{unread[:200]}"')
         with self.network("text_encoder") as text_encoder:
             return text_encoder(mx.array([self.tokenizer.encode(s) for s in sentences]))
 
@@ -1303,11 +1303,12 @@ def write_complete(path, write, overwrite=True):
     number, part = tempfile.mkstemp(PART, ".", path.parent)
     try:
         with open(number, "wb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            with contextlib.suppress(OSError):  # not every file system knows locks and rights
+                fcntl.flock(file, fcntl.LOCK_EX)
+                os.fchmod(number, 0o644)  # mkstemp's files are for their owner only
             write(file)
             file.flush()
             os.fsync(number)
-            os.fchmod(number, 0o644)  # mkstemp's files are for their owner only
             if not overwrite:
                 return link_free(part, path)
             os.replace(part, path)
@@ -1320,13 +1321,13 @@ def write_complete(path, write, overwrite=True):
 def link_free(part, path):  # -> the name at which the file is now
     for i in itertools.count(1):
         name = path.with_stem(f"{path.stem}-{i}") if i > 1 else path
-        with contextlib.suppress(FileExistsError):
-            try:
-                os.link(part, name)
-            except OSError:  # a USB stick's file system knows no second names; or it is taken
-                open(name, "xb").close()
-                os.replace(part, name)
-            return name
+        try:
+            os.link(part, name)
+        except OSError:  # it is taken, or a USB stick's file system knows no second names
+            if os.path.lexists(name):
+                continue
+            os.replace(part, name)
+        return name
 
 
 def torch_normal(seed):

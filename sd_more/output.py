@@ -7,7 +7,7 @@ import tempfile
 from PIL.PngImagePlugin import PngInfo
 
 from convert_weights import clear_stale
-from sd import SDError, write_complete
+from sd import PART, SDError, write_complete
 
 
 def check_output(path):
@@ -20,7 +20,7 @@ def check_output(path):
         raise SDError(f"--output {path}: the name is too long.")
     clear_stale(path.parent)
     try:
-        tempfile.TemporaryFile(dir=path.parent).close()
+        tempfile.TemporaryFile(suffix=PART, prefix=".", dir=path.parent).close()
     except OSError as error:
         raise SDError(f"--output {path}: its folder is not writable ({error.strerror}).") from None
 
@@ -37,4 +37,7 @@ def save_png(picture, path, text):
     info = PngInfo()
     info.add_text("parameters", text.encode(errors="replace").decode())
     save = functools.partial(picture.save, format="PNG", pnginfo=info)
-    return write_complete(path, save, overwrite=False)
+    try:
+        return write_complete(path, save, overwrite=False)
+    except OSError as error:
+        raise SDError(f"{path} was not saved: {error.strerror or error}.") from None

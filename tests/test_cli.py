@@ -200,7 +200,7 @@ def test_several_processes_keep_away_from_each_others_names(monkeypatch, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "module, name", [(sd.tempfile, "mkstemp"), (Image.Image, "save"), (sd.os, "fchmod")]
+    "module, name", [(sd.tempfile, "mkstemp"), (Image.Image, "save"), (sd.os, "fsync")]
 )
 def test_a_picture_that_cannot_be_saved_leaves_nothing(tmp_path, monkeypatch, module, name):
     """Neither half a picture nor the empty file that keeps a name free."""
@@ -208,7 +208,7 @@ def test_a_picture_that_cannot_be_saved_leaves_nothing(tmp_path, monkeypatch, mo
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+    with monkeypatch.context() as patch, pytest.raises(sd.SDError, match=r"out\.png.*No space"):
         patch.setattr(module, name, full)
         save_png(Image.new("RGB", (64, 64)), tmp_path / "out.png", "x")
     assert list(tmp_path.iterdir()) == []

@@ -25,7 +25,7 @@ def read_safetensors(path):
     with open_file(path) as file:
         (length,) = struct.unpack("<Q", file.read(8))
         require(length <= MOST_BYTES, f"its header has {length} bytes, far too many")
-        header = json.loads(file.read(length), object_pairs_hook=refuse_duplicates)
+        header = json.loads(file.read(length).decode(), object_pairs_hook=refuse_duplicates)
         data, size = 8 + length, os.fstat(file.fileno()).st_size
     require(type(header) is dict, "its header is not a JSON object")
     metadata = header.pop("__metadata__", None) or {}
