@@ -1309,10 +1309,9 @@ def write_complete(path, write, overwrite=True):
             write(file)
             file.flush()
             os.fsync(number)
-            if not overwrite:
-                return link_free(part, path)
-            os.replace(part, path)
-            return path
+            if overwrite:
+                os.replace(part, path)
+            return path if overwrite else link_free(part, path)
     finally:  # after Ctrl-C, too
         with contextlib.suppress(FileNotFoundError):
             os.unlink(part)
