@@ -1124,6 +1124,8 @@ def flat_file(path, log):
     name = name_output(path)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "sd.py"
     beside, cached = path.parent / name, cache / f"{made_from[:12]}-{name}"
+    clear_stale(beside.parent)
+    clear_stale(cache)
     for place in (beside, cached):
         if sd.read_header(place).get("made_from") == made_from:
             log(f"using {place}, made from {path.name} before")
