@@ -962,7 +962,7 @@ def convert(
     source, vae = Path(source), vae and Path(vae)
     with what_was_not_done(source, output):
         asked, source = source, fetch(source, log)
-        place = source.resolve() if source.is_dir() else source  # "." has no name
+        place = Path(os.path.abspath(source)) if source.is_dir() else source  # "." has no name
         beside = place.parent / name_output(place)
         if source != asked:  # it came from the hub, and lies in a cache
             beside = Path(f"{asked.name}.flat.safetensors")
@@ -1028,11 +1028,11 @@ def make_metadata(path, sources, plan):
     inside = lambda file: file != path and file.is_relative_to(path)
     name = lambda file: str(file.relative_to(path)) if inside(file) else file.name
     sums = {name(file): hash_file(file) for source in sources for file in source.files}
-    printable = path.name.encode("utf-8", "replace").decode()
-    return {
-        "format": sd.FORMAT, "config": json.dumps(plan.config), "source": printable,
+    metadata = {
+        "format": sd.FORMAT, "config": json.dumps(plan.config), "source": path.name,
         "notes": plan.notes or plan.kind, "sha256": json.dumps(sums, sort_keys=True),
     }  # fmt: skip
+    return {name: text.encode("utf-8", "replace").decode() for name, text in metadata.items()}
 
 
 def hash_file(path):
@@ -1117,8 +1117,13 @@ def flat_file(path, log):
     taken. It says in its header from which files it was made, with their sizes and times, and is
     used again only for these.
     """
-    path = path.resolve()
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+    path = Path(os.path.abspath(path))  # a link keeps its own name, and what lies beside it
+    files = [path]
+    if path.is_dir():
+        named = (path / "model_index.json", path / "config.json", path / "unet")
+        if not any(one.exists() for one in named):
+            raise ConversionError(f"{path} is a folder, but not one of a model.")
+        files = sorted(f for part in ("*", "*/*") for f in path.glob(part) if f.is_file())
     facts = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     made_from = hashlib.sha256(repr(facts).encode(errors="surrogateescape")).hexdigest()
     name = name_output(path)
@@ -1133,7 +1138,8 @@ def flat_file(path, log):
     # Only what was made in this way before may be replaced.
     free = not os.path.lexists(beside) or "made_from" in sd.read_header(beside)
     place = beside if free and os.access(path.parent, os.W_OK) else cached
-    place.parent.mkdir(parents=True, exist_ok=True)
+    if place == cached:
+        cache.mkdir(parents=True, exist_ok=True)
     return convert(path, place, log=log, made_from=made_from)
 
 

@@ -1481,11 +1481,11 @@ def inpainting(config, picture, mask, strength=1.0):
     return (InpaintNine if nine else Inpaint)(picture, mask, strength)
 
 
-MOST_PIXELS = 1 << 24  # 4096 x 4096, of a picture to paint; one to begin with may have 4 times that
+MOST_PIXELS = 1 << 24  # 4096 x 4096, of a picture to paint; one to be resized may have 3 times that
 PICTURES = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 
-def open_picture(file):
+def open_picture(file, most=3 << 24):
     """A path, an open file or a PIL picture -> a PIL picture, turned as its EXIF note says. Only of
     formats that people paint from: Pillow goes by what is in a file, and starts a program for some.
     """
@@ -1494,8 +1494,8 @@ def open_picture(file):
     try:
         with warnings.catch_warnings(action="ignore"):
             image = file if isinstance(file, Image.Image) else Image.open(file, formats=PICTURES)
-            if math.prod(image.size) > 4 * MOST_PIXELS:
-                raise OverflowError(f"{image.size} pixels are too many, most are {4 * MOST_PIXELS}")
+            if math.prod(image.size) > most or max(image.size) > 1 << 16:
+                raise OverflowError(f"{image.size} pixels are too many, at most {most} can be")
             return ImageOps.exif_transpose(image)
     except Exception as error:  # noqa: BLE001  Pillow raises all kinds for damaged files
         raise SDError(f"{file} is not readable as a picture: {error}") from None
@@ -1506,7 +1506,7 @@ def load_picture(file, width=None, height=None, green_is_hole=False):
     resized to width and height, by default the nearest multiples of 64. green_is_hole: pure green
     counts as transparent, which is not for masks and poses, where green is a colour.
     """
-    image = open_picture(file)
+    image = open_picture(file, 3 << 24 if width and height else MOST_PIXELS)
     if image.mode.startswith("I"):  # grey with 16 bits; Pillow would cut it off at 255
         image = Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8))
     pixels = np.array(image.convert("RGBA"))

@@ -23,10 +23,10 @@ def textual_inversion(path):
         name, words = "text_encoder.token_embedding.weight", dict(config.words)
         for word, vectors in read_flat(path, "words")[1].items():
             table = weights[name]
-            if vectors.ndim != 2 or vectors.shape[1] != table.shape[1]:
+            if vectors.shape[1:] != table.shape[1:] or not 1 <= len(vectors) <= 75:
                 raise SDError(
-                    f"{path} is for another text model: its vectors have {vectors.shape[-1]} "
-                    f"numbers, this one's {table.shape[1]}."
+                    f"{path} is for another text model: its vectors are {vectors.shape}, here "
+                    f"they have {table.shape[1]} numbers."
                 )
             words[word] = list(range(len(table), len(table) + len(vectors)))
             both = table.astype(mx.float32), vectors.astype(mx.float32)

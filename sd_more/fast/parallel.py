@@ -8,6 +8,8 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
 
+import numpy as np
+
 # %% OpenBLAS --------------------------------------------------------------------------------------
 # NumPy brings this library along for its matrix products. It has threads of its own; two of its
 # functions say how many it may use. They are reached through the file that NumPy has loaded.
@@ -80,8 +82,9 @@ def parallel_for(f, *jobs, work):
     left = iter(jobs)
 
     def take():
-        for job in left:
-            f(*job)
+        with np.errstate(all="ignore"):  # a thread's own; what is not finite is seen in the end
+            for job in left:
+                f(*job)
 
     helpers = min(len(jobs), cores()) - 1 if work >= SMALL else 0
     with ONE_BLAS_THREAD:
