@@ -104,6 +104,7 @@ class Source:
     merges: Path = MERGES
     files: set = field(default_factory=set)  # all that were read
     metadata: dict = field(default_factory=dict)  # text, from a safetensors header
+    unreadable: dict = field(default_factory=dict)  # names of tensors of unknown kinds: their kind
 
 
 DAMAGE = (
@@ -140,10 +141,18 @@ def read_file(path):
     except DAMAGE as error:
         why = f"{type(error).__name__}: {short(error)}"
         raise ConversionError(f"{path} is damaged ({why}). Download it again.") from None
-    told_by = "the checkpoint's sd_config"
-    tensors, metadata, mentions = contents.tensors, contents.metadata, contents.mentions
     return Source(
-        path, tensors, contents.config, told_by, mentions, metadata=metadata, files={path}
+        path, strip_names(contents.tensors), contents.config, "the checkpoint's sd_config",
+        contents.mentions, files={path}, metadata=contents.metadata,
+        unreadable=strip_names(contents.unreadable),
+    )  # fmt: skip
+
+
+def strip_names(tensors):
+    """Without what PyTorch's wrappers put before names: DataParallel, torch.compile."""
+    bare = {re.sub(r"^module\.|(?<![^.])_orig_mod\.", "", name): name for name in tensors}
+    return (
+        {name: tensors[old] for name, old in bare.items()} if len(bare) == len(tensors) else tensors
     )
 
 
@@ -189,6 +198,11 @@ def read_source(path, vae_path):
         config = read_config(path / "scheduler" / "scheduler_config.json", "scheduler")
         v = config.get("prediction_type") == "v_prediction"
         source.overrides["prediction"] = "v" if v else "eps"
+        # leading and linspace count only for the sampler of that folder; the user chooses one.
+        if config.get("timestep_spacing") == "trailing":
+            source.overrides["spacing"] = "trailing"
+        if config.get("rescale_betas_zero_snr") is True:
+            source.overrides["zero_snr"] = True
     if (path / "tokenizer" / "merges.txt").exists():
         source.merges = path / "tokenizer" / "merges.txt"
     return source
@@ -220,8 +234,10 @@ def add_network(source, folder, kind, part):
     if part == "unet" and type(numbers["heads"]) is int:
         numbers["heads"] = [numbers["heads"]] * 4
     source.overrides[part] = numbers
-    if kind == "unet" and type(config.get("sample_size")) is int:
-        source.overrides["size"] = 8 * config["sample_size"]
+    size = config.get("sample_size")
+    size = size[0] if type(size) is list and len(size) == 2 and size[0] == size[1] else size
+    if kind == "unet" and type(size) is int:  # of the latents; of the pictures the nearest that is
+        source.overrides["size"] = max(64, round(size / 8) * 64)
     add_tensors(source, folder, kind)
 
 
@@ -247,6 +263,7 @@ def add_tensors(source, folder, kind):
             require(not twice, f"it holds what another part of the model holds, too: {twice}")
         source.tensors |= tensors
         source.mentions |= read.mentions
+        source.unreadable |= {f"{kind}/{name}": what for name, what in read.unreadable.items()}
         source.files |= read.files
 
 
@@ -345,7 +362,12 @@ def find_parts(source, vae_source):
         other, few = others.name_part(tensors), ", ".join(map(short, list(tensors)[:3]))
         require(not other, f"it is {other}, and a whole model is needed")
         few = f"Of its {len(tensors)} tensors the first are: {few or 'none at all'}"
+        for name, what in source.unreadable.items():
+            few += f". {len(source.unreadable)} more can't be read here; {short(name)} is a {what}"
+            break
         raise NotConvertible(f"it holds no Stable Diffusion. {few}")
+    lacks = "it is a distilled UNet, which lacks layers that all of Stable Diffusion's have"
+    require(unet.find("middle.0.conv1.weight") or unet.find("down.2.0.conv1.weight"), lacks)
     channels = unet.size("down.0.0.weight", 1)
     other = others.CHANNELS.get(channels, "an unknown model")
     other = f"{other} (a UNet of {channels} channels)"
@@ -498,13 +520,17 @@ def make_specs(prefix, parameters, part):
     return specs
 
 
-def match(specs, tensors):
+def match(specs, tensors, unreadable=()):
     """-> [Found], or one message about all tensors that are missing or not as expected."""
     found, missing, wrong = [], [], []
     for spec in specs:
         name = next((name for name in spec.names if name in tensors), None)
         if name is None:
-            missing.append(f"{spec.names[0]} is missing")
+            other = next((name for name in spec.names if name in unreadable), None)
+            if other:
+                wrong.append(f"{other} is a {unreadable[other]}, which can not be read here")
+            else:
+                missing.append(f"{spec.names[0]} is missing")
             continue
         tensor, shape = tensors[name], spec.shape
         if spec.qkv_index is not None:
@@ -539,10 +565,15 @@ def slice_qkv(tensor, index):
 
 OVERRIDES = {  # what a source may tell, by the part of the config, and of which type it is
     "name": (str,), "size": (int,), "cfg": (int, float), "prediction": (str,),
+    "steps": (int,), "sampler": (str,), "spacing": (str,), "rescale": (int, float),
+    "zero_snr": (bool,),
     "text": {"layers": (int,), "heads": (int,), "activation": (str,), "pad": (int,)},
     "unet": {"heads": (list,), "groups": (int,)},
     "vae": {"groups": (int,), "scale": (int, float)},
 }  # fmt: skip
+
+
+NEW = ("steps", "sampler", "spacing", "rescale", "zero_snr")  # what the first version did not know
 
 
 ORIGIN = (
@@ -628,23 +659,94 @@ def published_defaults(is_v2, widths, text_width, layers):
     }  # fmt: skip
 
 
-def find_prediction(asked, source, is_v2, found):
-    """-> "eps" or "v", and why"""
-    if asked:
-        return asked, "--prediction says so"
-    if "prediction" in source.overrides:
-        return source.overrides["prediction"], f"from {source.told_by}"
-    yaml = source.path.with_suffix(".yaml")
-    if source.path.is_file() and yaml.is_file():
-        with blame(yaml):
-            text = read_small(yaml, 1 << 20).decode(errors="replace")
-        line = re.search(r"^[ \t]*parameterization:[ \t]*[\"']?(\w+)", text, re.MULTILINE)
-        if line and line[1] in ("eps", "v"):
-            return line[1], f"{yaml.name} beside it says so"
-        if not line and "linear_start" in text:  # a config of the original's; eps is its default
-            return "eps", f"{yaml.name} beside it does not say v"
+MARKS = (("v_pred", "prediction", "v"), ("ztsnr", "zero_snr", True))  # tensors that are only signs
+METADATA = (  # what a safetensors header may say: key, text, what that means
+    ("modelspec.prediction_type", "v|v.prediction", "prediction", "v"),
+    ("modelspec.prediction_type", "eps|epsilon", "prediction", "eps"),
+    ("modelspec.architecture", "stable-diffusion-v2-768-v.*", "prediction", "v"),
+    ("modelspec.resolution", "512(x512)?", "size", 512),
+    ("modelspec.resolution", "768(x768)?", "size", 768),
+    ("prediction_type", "v|v.prediction", "prediction", "v"),
+    ("prediction_type", "eps|epsilon", "prediction", "eps"),
+    ("ss_v_parameterization", "true", "prediction", "v"),
+    ("ss_zero_terminal_snr", "true", "zero_snr", True),
+)
+YAML = (  # a line of the original's or another program's config beside a file
+    (r"parameterization:[ \t]*[\"']?v\b", "prediction", "v"),
+    (r"parameterization:[ \t]*[\"']?eps\b", "prediction", "eps"),
+    (r"(rescale_betas_zero_snr|zero_terminal_snr|zsnr):[ \t]*[Tt]rue", "zero_snr", True),
+)
+TURBO = {"prediction": "eps", "spacing": "trailing", "sampler": "euler", "steps": 4, "cfg": 1.0}
+WITH_ZERO_SNR = {"spacing": "trailing", "sampler": "ddim", "rescale": 0.7}  # as its authors have it
+
+
+def tell_facts(asked, source):
+    """Yield (what, value, who says so) of what a source says of itself, what counts most first."""
+    for what, value in asked.items():
+        if value is not None:
+            yield what, value, f"--{what.replace('_', '-')} says so"
+    for mark, what, value in MARKS:
+        if mark in source.tensors:
+            yield what, value, f"it has a tensor {mark}"
+    noise = source.tensors.get("alphas_cumprod")
+    known = noise is not None and noise.shape == (1000,) and noise.dtype in FLOATS
+    if known and noise.float32()[-1] < 1e-6:
+        yield "zero_snr", True, "its alphas_cumprod end at 0"
+    for key, text, what, value in METADATA:
+        if re.fullmatch(text, source.metadata.get(key, "").lower()):
+            yield what, value, f"its header says {key}"
+    for what in ("prediction", "size", "cfg", *NEW):
+        if what in source.overrides:
+            yield what, source.overrides[what], f"from {source.told_by}"
+    yield from tell_yaml(source.path)
+    if re.search(r"(?<![a-z])(sd)?[-_ ]?turbo(?![a-z])", source.path.name.lower()):
+        for what, value in TURBO.items():
+            yield what, value, "its name says Turbo"
+
+
+def tell_yaml(path):
+    yaml = next((p for p in beside(path, path.stem + ".yaml") if path.is_file()), None)
+    if yaml is None:
+        return
+    with blame(yaml):
+        text = read_small(yaml, 1 << 20).decode(errors="replace")
+    for line, what, value in YAML:
+        if re.search(rf"^[ \t]*{line}", text, re.MULTILINE):
+            yield what, value, f"{yaml.name} beside it says so"
+    if "linear_start" in text and "parameterization:" not in text:
+        # A config of the original's; eps is its default.
+        yield "prediction", "eps", f"{yaml.name} beside it does not say v"
+
+
+def beside(path, name):
+    """Yield the files of that name beside a file; and, if it is a link, beside what it leads to."""
+    for place in dict.fromkeys((path.parent, Path(os.path.realpath(path)).parent)):
+        if (place / name).is_file():
+            yield place / name
+
+
+def find_facts(asked, source, is_v2, found):
+    """-> {what: (value, who says so)}, the prediction always, the rest where it is not the usual"""
+    facts = {}
+    for what, value, who in tell_facts(asked, source):
+        facts.setdefault(what, (value, who))
+    if "prediction" not in facts:
+        facts["prediction"] = guess_prediction(is_v2, found)
+    if facts.get("zero_snr", (False,))[0]:
+        if facts["prediction"][0] == "eps":  # from noise alone it could say nothing of x0
+            del facts["zero_snr"]
+            return facts
+        for what, value in WITH_ZERO_SNR.items():
+            facts.setdefault(what, (value, "as is usual with zero terminal SNR"))
+    return facts
+
+
+def guess_prediction(is_v2, found):
     if not is_v2:
         return "eps", "every Stable Diffusion 1.x does"
+    shapes = {spec.flat: spec.shape for spec, _, _ in found}
+    if shapes.get("unet.down.0.0.weight", (0, 4))[1] == 9:
+        return "eps", "every inpainting model of 2.x does"
     # ComfyUI's observation, which it does not explain, for want of anything better: in models
     # trained for v the norm before the last block's self-attention has larger biases.
     biases = next(f.tensor for f in found if f.spec.flat == "unet.up.11.1.norm1.bias")
@@ -654,6 +756,15 @@ def find_prediction(asked, source, is_v2, found):
         f"a guess: the last block's first norm has biases that deviate by {spread:.3f} {sign} 0.09"
     )
     return prediction, f"{guess}; if pictures are blots, convert again with the other --prediction"
+
+
+def read_added_words(path, vocabulary):
+    """-> {word: [its id]}, of a folder's tokenizer; CLIP's own are not among them"""
+    if not (path / "tokenizer" / "added_tokens.json").is_file():
+        return {}
+    added = read_json(path / "tokenizer" / "added_tokens.json")
+    known = lambda i: type(i) is int and sd.END < i < vocabulary
+    return {word: [i] for word, i in added.items() if known(i) and word.strip()}
 
 
 def read_merges(path):
@@ -745,38 +856,51 @@ class Plan:
     notes: str = ""  # more about it, for the header
     report: list = field(default_factory=list)  # more about it, for the console
     merges: bytes = b""
+    format: str = sd.FORMAT
 
 
-def make_plan(source, vae_source, prediction):
+def make_plan(source, vae_source, asked):
     with blame(source.path):
         for make in (plan_controlnet, plan_lora, plan_textual_inversion):
             if plan := make(source):
-                whole = not vae_source and not prediction
-                require(whole, "it is no whole model, and --vae and --prediction are for those")
+                whole = not vae_source and not any(asked.values())
+                few = "--vae, --prediction, --zero-snr"
+                require(whole, f"it is no whole model, and {few} are for those")
                 return plan
-        return plan_model(source, vae_source, prediction)
+        return plan_model(source, vae_source, asked)
 
 
-def plan_model(source, vae_source, prediction):
+def plan_model(source, vae_source, asked):
     unet, text, vae = find_parts(source, vae_source)
     config, is_v2, why = make_config(unet, text, vae, source, vae_source)
     networks = sd.build_networks(check_config(config))
     networks = {name: network.parameters() for name, network in networks.items()}
-    found = match(make_specs("unet", networks["unet"], unet), unet.tensors)
-    found += match(make_specs("text_encoder", networks["text_encoder"], text), text.tensors)
+    odd = source.unreadable
+    found = match(make_specs("unet", networks["unet"], unet), unet.tensors, odd)
+    found += match(make_specs("text_encoder", networks["text_encoder"], text), text.tensors, odd)
     if vision := find_part(source.tensors, "vision"):
         found += match(make_safety_specs(vision, **config["safety"]), vision.tensors)
     with blame((vae_source or source).path):
-        found += match(make_specs("vae", networks["vae"], vae), vae.tensors)
-    config["prediction"], reason = find_prediction(prediction, source, is_v2, found)
-    if "size" not in source.overrides and is_v2 and config["prediction"] == "v":
-        config["size"] = 768
+        odd = (vae_source or source).unreadable
+        found += match(make_specs("vae", networks["vae"], vae), vae.tensors, odd)
+    facts = find_facts(asked, source, is_v2, found)
+    prediction, reason = facts.pop("prediction")
+    if is_v2 and prediction == "v":
+        facts.setdefault("size", (768, "as 2.x has it with v"))
+    config |= {"prediction": prediction} | {what: value for what, (value, _) in facts.items()}
+    if words := read_added_words(source.path, config["text"]["vocabulary"]):
+        config["words"] = words
+    check_config(config)
     name = short(config["name"])
-    report = [f"it predicts {config['prediction']} ({reason})", *report_oddities(source)]
+    report = [f"it predicts {prediction} ({reason})", *report_oddities(source, facts)]
+    report += [f"{what} {value} ({who})" for what, (value, who) in facts.items()]
+    report += [f"it knows {len(words)} more words: {', '.join(map(short, words))}"] if words else []
     report += report_unused(source, found, unet, vae_source)
-    notes = f"{name}: {why}. {config['prediction']}: {reason}."
+    notes = f"{name}: {why}. {prediction}: {reason}."
     merges = read_merges(source.merges)
-    return Plan(f"{name}, because {why}", config, found, notes, report, merges)
+    plan = Plan(f"{name}, because {why}", config, found, notes, report, merges)
+    plan.format = sd.FORMATS[bool(config.keys() & {*NEW, "words"})]
+    return plan
 
 
 def make_safety_specs(vision, width, layers, heads, projection):
@@ -845,31 +969,50 @@ def plan_textual_inversion(source):
 
 
 def plan_lora(source):
-    """All its tensors must belong to layers that there are. Its alphas are put into up."""
+    """What belongs to layers that there are, if that is half of it or more."""
     if not lora.is_lora(source.tensors) or find_part(source.tensors, "unet"):
         return None
-    layers, unknown = lora.group(source.tensors)
-    alphas = lora.read_peft_alphas(read_peft_config(source))
-    known, found = name_lora_layers(), []
-    unknown += [name for layer in layers.keys() - known.keys() for name in layers[layer].values()]
-    few = ", ".join(short(name) for name in sorted(unknown)[:3])
+    layers, rest = lora.group(source.tensors)
+    scales, known = lora.read_peft_scales(read_peft_config(source)), name_lora_layers()
+    for layer, names in layers.items():
+        there = {"diff_b": "bias"}  # and all other parts need a weight
+        strange = [part for part in names if there.get(part, "weight") not in known.get(layer, ())]
+        rest += [names.pop(part) for part in strange]
+    layers = {layer: names for layer, names in sorted(layers.items()) if names}
+    bundled = collections.Counter(filter(None, map(lora.name_bundled, rest)))
+    unknown = sorted(name for name in rest if not lora.name_bundled(name))
+    few = ", ".join(short(name) for name in unknown[:3])
     count = f"{len(unknown)} of its names belong to no layer of Stable Diffusion 1.x or 2.x"
     other = "it is a LoRA for another model, or one of a kind not known here"
-    require(not unknown, f"{other}: {count}. First: {few}")
-    for layer, names in sorted(layers.items()):
-        tensors = {part: (name, source.tensors[name]) for part, name in names.items()}
-        found += match_lora_layer(known[layer], tensors, alphas)
-    text = sum(known[layer].startswith("text_encoder.") for layer in layers)
-    kind = f"a LoRA for {len(layers)} layers, {text} of them the text encoder's"
-    return Plan(kind, {"kind": "lora"}, found)
+    used = sum(map(len, layers.values()))
+    require(used and used >= len(unknown), f"{other}: {count}. First: {few}")
+    found = [
+        piece
+        for layer, names in layers.items()
+        for piece in match_lora_layer(known[layer], names, source.tensors, scales)
+    ]
+    size = sum(math.prod(each.spec.shape) for each in found)
+    require(size <= 1.5e9, f"it is a LoRA of {size} numbers, more than a whole model has")
+    text = sum("text_encoder." in str(known[layer]) for layer in layers)
+    forms = ", ".join(lora.name_forms({part for names in layers.values() for part in names}))
+    kind = f"a LoRA{forms and f' ({forms})'} for {len(layers)} layers"
+    report = [f"warning: {n} tensors were left out ({what})" for what, n in bundled.items()]
+    if unknown:
+        few = ", ".join(map(short, unknown[:5]))
+        report += [f"warning: {len(unknown)} tensors are unknown and were left out: {few}"]
+    report = [f"{used} tensors used", *report] if report else []
+    plain = all(each.spec.flat.rpartition(".")[2] in lora.LORA for each in found)
+    plan = Plan(f"{kind}, {text} of them the text encoder's", {"kind": "lora"}, found)
+    plan.report, plan.format = report, sd.FORMATS[0 if plain else 1]
+    return plan
 
 
 def read_peft_config(source):
     """What PEFT tells beside the weights, or among them; {} where it tells nothing."""
     text = source.metadata.get("lora_adapter_metadata", "")
-    beside = source.path.with_name("adapter_config.json")
-    if not text and beside.is_file() and source.path.name.startswith("adapter_model"):
-        return read_json(beside)
+    if not text and source.path.name.startswith("adapter_model"):
+        for config in beside(source.path, "adapter_config.json"):
+            return read_json(config)
     try:
         config = json.loads(text or "{}")
     except (ValueError, RecursionError):
@@ -879,45 +1022,36 @@ def read_peft_config(source):
 
 
 def name_lora_layers():
-    """-> {a layer's name in a LoRA, in either layout: its name in sd.py}"""
+    """-> {a layer's name in a LoRA, in either layout: {"weight" and "bias", if any: TensorSpec}}"""
     # Widths that all differ, so that every residual block has its shortcut.
     unet = sd.UNet([8, 16, 24, 32], [1] * 4, 8, 8).parameters()
     text = sd.TextEncoder(8, 23, 1, "gelu", 8).parameters()
     specs = make_specs("unet", unet, Part("unet", {}, "", ORIGINAL))
     specs += make_specs("unet", unet, Part("unet", {}, "", DIFFUSERS))
     specs += make_specs("text_encoder", text, Part("text", {}, "", DIFFUSERS))
-    return {
-        lora.normalize(spec.names[0].removesuffix(".weight")): spec.flat.removesuffix(".weight")
-        for spec in specs
-        if spec.flat.endswith(".weight") and len(spec.shape) > 1
-    }
+    layers = {}
+    for spec in specs:
+        layer, _, leaf = spec.names[0].rpartition(".")
+        layers.setdefault(lora.normalize(layer), {})[leaf] = spec
+    return layers
 
 
-def match_lora_layer(flat, tensors, alphas):
-    """-> [Found]. tensors: {"up", "down" and perhaps "middle" and "alpha": (name, tensor)}"""
-    there, layer = ", ".join(sorted(tensors)), f"the LoRA's layer {flat}"
-    require({"up", "down"} <= tensors.keys(), f"{layer} has only {there}, expected up and down")
-    shapes = {part: tensor.shape for part, (_, tensor) in tensors.items()}
-    up, down, middle = (shapes.get(part) for part in ("up", "down", "middle"))
-    rank = down[0] if down else 0
-    alpha = alphas.get(flat.split(".")[0], alphas.get("", rank))
-    if "alpha" in tensors:
-        there = f"an alpha of the shape {shapes['alpha']}"
-        require(math.prod(shapes["alpha"]) == 1, f"{layer} has {there}, expected one number")
-        alpha = tensors.pop("alpha")[1].float32().item() or rank
-    good = rank > 0 and math.isfinite(alpha) and len(down) in (2, 4)
-    good = good and (middle is None or len(middle) == 4 and middle[1] == rank)
-    good = good and len(up) in (2, 4) and up[1] == (middle or down)[0] and set(up[2:]) <= {1}
-    good = good and all(tensor.dtype in FLOATS for _, tensor in tensors.values())
-    there = ", ".join(f"{part} is {t.shape}, {t.dtype}" for part, (_, t) in tensors.items())
-    require(good, f"{layer} has parts that do not go together: {there}, alpha is {alpha}")
-    found = []
-    for part in ("up", "down", "middle")[: len(tensors)]:
-        (name, tensor), shape = tensors[part], shapes[part]
-        shape = shape[:2] if part != "middle" and set(shape[2:]) <= {1} else shape
-        factor = alpha / rank if part == "up" else 1.0
-        found.append(Found(TensorSpec(f"{flat}.{part}", shape, factor=factor), name, tensor))
-    return found
+def match_lora_layer(specs, names, tensors, scales):
+    """-> [Found]. specs: of the layer's weight and bias in some model; names: {part: name}"""
+    flat = specs["weight"].flat.removesuffix(".weight")
+    network = flat.split(".")[0]
+    told = scales.get(network, scales.get(""))
+    first = next(iter(names.values()))
+    scale = lambda rank: told.of(lora.split(first)[0], rank) if told else 1.0
+    parts = {part: tensors[name] for part, name in names.items()}
+    try:
+        pieces = lora.read_layer(parts, specs["weight"].shape, scale)
+    except NotConvertible as problem:
+        raise NotConvertible(f"the LoRA's layer {flat} has {problem}") from None
+    return [
+        Found(TensorSpec(f"{flat}.{part}", shape, factor=factor), first, tensor)
+        for part, shape, tensor, factor in pieces
+    ]
 
 
 # %% 8. Convert ------------------------------------------------------------------------------------
@@ -930,7 +1064,7 @@ NOT_NEEDED = (  # what it is, how its name begins
     # files that people share mostly have one kind, and the averages are stored as if they were raw.
     ("averaged copies (EMA)", r"(first_stage_model\.)?model_ema\."),
     ("noise schedule", r"(betas|alphas_cumprod|sqrt_|log_one_minus_|posterior_|lvlb_weights)"),
-    ("noise schedule", r"(denoiser\.|logvar$|scale_factor$|v_pred$|ztsnr$|edm_vpred\.)"),
+    ("noise schedule", r"(denoiser\.|logvar$|scale_factor$|v_pred$|ztsnr$)"),
     ("position numbers", r".*position_ids$"),
     ("training losses", r"(first_stage_model\.)?loss\.|embedding_manager\."),
     ("the text encoder's unread end", r".*\.model\.transformer\.resblocks\.23\."),
@@ -946,29 +1080,32 @@ def tell(line):
 
 
 def convert(
-    source, output=None, *, dtype="float16", prediction=None, vae=None, verify=False, log=tell,
-    made_from="",
+    source, output=None, *, dtype="float16", prediction=None, vae=None, safety=None, zero_snr=None,
+    verify=False, log=tell, made_from="",
 ):  # fmt: skip
     """Write the flat file, by default beside the source, and return its path.
 
-    verify: first compare the checksums in a .ckpt with its bytes. log: is called with each line of
-    the report. made_from: put into the header, for flat_file to recognise what it had converted by
-    itself. Raises ConversionError, and then there is no output, and an older one is as it was.
+    vae, safety: a file or folder to take these from. zero_snr: True, if its training went down to
+    noise alone. verify: first compare the checksums in a .ckpt with its bytes. log: is called with
+    each line of the report. made_from: put into the header, for flat_file to recognise what it had
+    converted by itself. Raises ConversionError, and then there is no output, and an older one is as
+    it was.
     """
     if dtype not in sd.DTYPES:
         raise ConversionError(f"dtype must be {', '.join(sd.DTYPES)}, got {dtype}.")
     if prediction not in (None, "eps", "v"):
         raise ConversionError(f"prediction must be eps or v, got {prediction}.")
     source, vae = Path(source), vae and Path(vae)
+    asked = {"prediction": prediction, "zero_snr": zero_snr or None}
     with what_was_not_done(source, output):
-        asked, source = source, fetch(source, log)
+        name, source = source, fetch(source, log)
         place = Path(os.path.abspath(source)) if source.is_dir() else source  # "." has no name
         beside = place.parent / name_output(place)
-        if source != asked:  # it came from the hub, and lies in a cache
-            beside = Path(f"{asked.name}.flat.safetensors")
+        if source != name:  # it came from the hub, and lies in a cache
+            beside = Path(f"{name.name}.flat.safetensors")
         output = Path(output or beside)
         check_output(output)
-        plan, sources = read_plan(source, vae, prediction, verify, log)
+        plan, sources = read_plan(source, vae, safety and Path(safety), asked, verify, log)
         check_overwriting(output, source, plan.found)
         if made_from:
             log(f"{source.name} is not a flat file. Converting it once, to {output}")
@@ -1006,14 +1143,17 @@ def fetch(source, log):
     return hub.fetch(str(source), weights, log)
 
 
-def read_plan(path, vae_path, prediction, verify, log):
+def read_plan(path, vae_path, safety_path, asked, verify, log):
     """-> what the source will become; the source, and where there is another for the VAE that"""
     sources = [read_source(path, vae_path)]
+    if safety_path:
+        inside = safety_path / "safety_checker"
+        add_tensors(sources[0], inside if inside.is_dir() else safety_path, "safety_checker")
     sources += [read_vae_source(vae_path)] if vae_path else []
     for file in sorted(set.union(*(source.files for source in sources))) if verify else ():
         with blame(file):
             log(f"{file}: {verify_file(file)}")
-    return make_plan(sources[0], sources[1] if vae_path else None, prediction), sources
+    return make_plan(sources[0], sources[1] if vae_path else None, asked), sources
 
 
 def verify_file(path):
@@ -1029,7 +1169,7 @@ def make_metadata(path, sources, plan):
     name = lambda file: str(file.relative_to(path)) if inside(file) else file.name
     sums = {name(file): hash_file(file) for source in sources for file in source.files}
     metadata = {
-        "format": sd.FORMAT, "config": json.dumps(plan.config), "source": path.name,
+        "format": plan.format, "config": json.dumps(plan.config), "source": path.name,
         "notes": plan.notes or plan.kind, "sha256": json.dumps(sums, sort_keys=True),
     }  # fmt: skip
     return {name: text.encode("utf-8", "replace").decode() for name, text in metadata.items()}
@@ -1067,16 +1207,17 @@ def check_overwriting(output, path, found):
         raise ConversionError(f"{output} exists and is not a flat file. Give -o another name.")
 
 
-def report_oddities(source):
+def report_oddities(source, facts):
     if source.mentions:
         few = ", ".join(short(name) for name in sorted(source.mentions)[:5])
         more = f" and {len(source.mentions) - 5} more" if len(source.mentions) > 5 else ""
         yield f"this file mentions {few}{more}, which was not loaded"
-    tensor, schedule = source.tensors.get("alphas_cumprod"), sd.Schedule(sd.scaled_linear())
+    schedule = sd.Schedule(sd.scaled_linear(), "zero_snr" in facts)
+    tensor = source.tensors.get("alphas_cumprod")
     if tensor is not None and tensor.shape == (1000,) and tensor.dtype in FLOATS:
         computed = np.array([schedule.abar(t) for t in range(1000)])
         # More than bfloat16 rounds away?
-        if not np.all(np.abs(tensor.float32() - computed) <= computed / 256):
+        if not np.all(np.abs(tensor.float32() - computed) <= computed / 256 + 1e-7):
             yield (
                 "warning: it was trained with another noise schedule than Stable Diffusion's (its "
                 "alphas_cumprod differ); sd.py does not know that one and pictures may suffer"
@@ -1143,7 +1284,7 @@ def flat_file(path, log):
     return convert(path, place, log=log, made_from=made_from)
 
 
-def describe(path, vae=None, prediction=None, verify=False):
+def describe(path, vae=None, safety=None, prediction=None, zero_snr=None, verify=False):
     """Yield lines that say what a file or a folder is, without converting it."""
     path = Path(path)
     metadata = sd.read_header(path)
@@ -1152,7 +1293,9 @@ def describe(path, vae=None, prediction=None, verify=False):
         return
     lines = []
     with what_was_not_done(path):
-        plan, sources = read_plan(path, vae and Path(vae), prediction, verify, lines.append)
+        asked = {"prediction": prediction, "zero_snr": zero_snr or None}
+        others = vae and Path(vae), safety and Path(safety)
+        plan, sources = read_plan(path, *others, asked, verify, lines.append)
         yield from (*lines, f"{path}: {plan.kind}", *plan.report)
         yield f"config: {json.dumps(plan.config)}"
         for name, digest in json.loads(make_metadata(path, sources, plan)["sha256"]).items():
@@ -1267,6 +1410,10 @@ def make_parser():
     says = "what the UNet predicts, the noise or v (default: looked up or guessed, and printed)"
     p.add_argument("--prediction", choices=("eps", "v"), help=says)
     p.add_argument("--vae", metavar="FILE", help="take the VAE from this checkpoint or folder")
+    from_folder = "take the safety checker from this diffusers folder"
+    p.add_argument("--safety", metavar="FOLDER", help=from_folder)
+    zero = "it was trained down to noise alone (zero terminal SNR, with v)"
+    p.add_argument("--zero-snr", action="store_true", help=zero)
     sums = "first compare the checksums inside a .ckpt with its bytes, which reading it does not"
     p.add_argument("--verify", action="store_true", help=sums)
     info = "convert nothing, only print what SOURCE is; a flat file may be given, too"
@@ -1280,7 +1427,8 @@ def main(argv=None):
         if not args.pop("info"):
             convert(**args)
             return
-        for line in describe(args["source"], args["vae"], args["prediction"], args["verify"]):
+        del args["output"], args["dtype"]
+        for line in describe(args.pop("source"), **args):
             tell(line)
 
 

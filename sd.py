@@ -21,8 +21,7 @@ trained on drawn scenes, in tiny/ beside this file; with --model that of Stable 
 
 Part I is Stable Diffusion; part II can be read in any order. What is written is what runs, with two
 exceptions where sd_more/ is there: a line in section 9 exchanges leaf layers for faster ones of the
-same meaning (fast=False does not), and its app.py runs in the place of section 14. Not here:
-training, but for what section 1 says of it, and other programs' files (convert_weights.py).
+same meaning (fast=False does not), and its app.py runs in the place of section 14.
 
 Letters, the same throughout part I (inside a layer h, w and c are those of its own input):
     t        the timestep, 0 to 999: how much noise was added, nearly none to nearly nothing else
@@ -78,7 +77,7 @@ import tempfile
 import unicodedata
 import warnings
 from collections import namedtuple
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -154,24 +153,27 @@ def leading(schedule, steps):
     """leading(schedule, 50) -> [981, 961, ..., 21, 1]: evenly spaced, as many as asked for.
 
     Few steps begin far from 999, two at 501, one at 1, where much or all of x should be picture,
-    and paint badly. (Where steps does not divide 1000 these are diffusers', and the original makes
-    more: modules/diffusionmodules/util.py:46.)
+    and paint badly. (modules/diffusionmodules/util.py:46, where some steps make more than asked.)
     """
     return [1000 // steps * i + 1 for i in reversed(range(steps))]
 
 
-SPACINGS = {"leading": leading}  # name: function(schedule, steps); sd_more/samplers.py has more
+SPACINGS = {"leading": leading, "linspace": lambda _, n: np.linspace(999, 0, n).tolist()}
+SPACINGS["trailing"] = lambda schedule, n: [round(1000 - 1000 / n * i) - 1 for i in range(n)]
 
 
 class Schedule:
     """How much of x is noise at each t. Step t adds noise of variance betas[t] and keeps 1 -
     betas[t] of the variance so far; abar (in [3] alpha) is the product of all these up to t.
-    Between two whole t the logarithm of sigma is interpolated.
-    """
+    Between two whole t the logarithm of sigma is interpolated."""
 
-    def __init__(self, betas):
+    def __init__(self, betas, zero_snr=False):
         abar = np.cumprod(1 - np.asarray(betas, np.float64))
-        self.log_sigmas = np.log((1 - abar) / abar) / 2
+        if zero_snr:  # moved so that at 999 nothing of x0 is left in x [13, algorithm 1]
+            root = np.sqrt(abar)
+            abar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+        with np.errstate(divide="ignore"):  # then the last sigma is infinite
+            self.log_sigmas = np.log((1 - abar) / abar) / 2
 
     def sigma(self, t):  # sqrt((1 - abar) / abar)
         return math.exp(np.interp(t, np.arange(len(self.log_sigmas)), self.log_sigmas))
@@ -813,7 +815,7 @@ class VAE(nn.Module):
 # which is Euler's method for the differential equation dy/dsigma = eps(y, sigma): follow the slope
 # to the next point. By section 1 eps points away from where pictures are, so on the way down each
 # noise is led to one of them, along a curve; the straighter it is, the fewer steps will do: 50, of
-# 20 timesteps each, instead of 1000. The samplers here and most of section 11 are better and worse
+# 20 timesteps each, instead of 1000. The samplers here and in section 11 are better and worse
 # ways to follow it. (Ancestral ones are something else: they add new noise on the way.)
 #
 # A sampler is a generator that yields x once for each timestep, so that whoever runs it can show
@@ -873,7 +875,6 @@ SAMPLERS = {"plms": Sampler(sample_plms), "ddim": Sampler(sample_ddim)}
 
 
 # %% 8. Text to image ------------------------------------------------------------------------------
-# The parts put together as in the diagram at the top.
 
 
 class Condition(NamedTuple):  # all that the UNet is told besides x and t
@@ -926,8 +927,7 @@ class StableDiffusion:
         for change in changes:
             config, weights = change(config, weights)
         dtype, tokenizer = choose_dtype(dtype), read_tokenizer(config, weights)
-        names = "text_encoder", "unet", "vae"
-        networks = [load_network(name, config, weights, dtype, fast) for name in names]
+        networks = [load_network(n, config, weights, dtype, fast) for n in build_networks(config)]
         self.set_up(config, tokenizer, *networks, dtype, reader, path)
 
     @classmethod
@@ -940,7 +940,8 @@ class StableDiffusion:
     def set_up(self, config, tokenizer, text_encoder, unet, vae, dtype, reader, path):
         self.config, self.tokenizer, self.path = config, tokenizer, path
         self.text_encoder, self.unet, self.vae = text_encoder, unet, vae
-        self.dtype, self.reader, self.schedule = dtype, reader, Schedule(scaled_linear())
+        self.dtype, self.reader = dtype, reader
+        self.schedule = Schedule(scaled_linear(), config.zero_snr)
         self.gpu, self.compiled = on_gpu(), (None, None)  # a UNet, and what it was compiled to
         self.controls = ()  # (ControlNet, hint, weight) each, see section 13
 
@@ -970,7 +971,7 @@ class StableDiffusion:
                 unet = self.compiled[1]
             return unet(x, t, condition.context, corrections)
 
-    def denoiser(self, condition, cfg):
+    def denoiser(self, condition, cfg, rescale=0):
         """-> denoise(x, t) -> (x0, eps): the UNet, with the prompt built in.
 
         Classifier-free guidance [6]: ask without the prompt, which is "" (in training it stood in a
@@ -984,30 +985,36 @@ class StableDiffusion:
         """
 
         def denoise(x, t):
-            # round: t is whole, but for Karras' spacing (sd_more/samplers.py).
-            answer = self.predict(x.astype(self.dtype), round(t), condition).astype(mx.float32)
+            answer = self.predict(x.astype(self.dtype), t, condition).astype(mx.float32)
             if len(answer) > len(x):
                 uncond, text = mx.split(answer, 2)
                 answer = uncond + cfg * (text - uncond)  # linear: the same for v as for eps
+                if rescale:  # towards the answer's own standard deviation [13, eq. 15, 16]
+                    spread = lambda y: y.std((1, 2, 3), keepdims=True)
+                    answer = answer * (1 - rescale + rescale * spread(text) / spread(answer))
             return self.schedule.x0_and_eps(answer, x, t, self.config.prediction)
 
         return denoise
 
     def generate_latents(
-        self, prompt, *, negative_prompt="", seed=42, steps=50, cfg=None, sampler="plms",
+        self, prompt, *, negative_prompt="", seed=42, steps=None, cfg=None, sampler=None,
         width=None, height=None, n_images=1, rng=None, task=None, latents=None, context=None,
+        spacing=None, rescale=None,
     ):  # fmt: skip
         """-> an iterator over the latents x (n_images, h, w, 4) after every step; the last ones
         make the pictures: to_pictures(x, task). Options are checked now, not at the first x.
 
-        Picture i starts from the noise of seed + i, so that each can be made again alone. cfg:
-        default the model's own, 7.5 for Stable Diffusion. negative_prompt: what to go away from, in
-        the place of ""; not asked for at cfg 1. width, height: in pixels, multiples of 64; default
-        what the model was trained on, or the task's. rng: a function of a seed that returns
-        draw(shape), default section 9's torch_normal. latents: x to begin with, instead. context:
+        Picture i starts from the noise of seed + i, so that each can be made again alone. steps;
+        sampler, of SAMPLERS; spacing, of SPACINGS; cfg; rescale, how much of what guidance adds to
+        the standard deviation to take away: default the model's own. negative_prompt: what to go
+        away from, in the place of ""; not asked for at cfg 1. width, height: in pixels, multiples
+        of 64; default what the model was trained on, or the task's. rng: a function of a seed that
+        returns draw(shape), default section 9's torch_normal. latents: x to begin with. context:
         (2, 77, width), without and with the prompt, at cfg 1 (1, 77, width); instead of prompts.
         """
-        task, cfg = task or TextToImage(), self.config.cfg if cfg is None else cfg
+        own = lambda name, value: vars(self.config)[name] if value is None else value
+        task, cfg, steps = task or TextToImage(), own("cfg", cfg), own("steps", steps)
+        sampler, rescale = own("sampler", sampler), own("rescale", rescale)
         width, height = task.size(self.config, width, height)
         check_options(prompt, negative_prompt, seed, steps, cfg, sampler, width, height, n_images)
         if self.config.unet.get("channels", 4) != task.channels:
@@ -1019,8 +1026,10 @@ class StableDiffusion:
         expect(np.shape(latents) in ((), (b, h, w, 4)), "latents", np.shape(latents), (b, h, w, 4))
         if context is not None:
             expect(len(context) == len(sentences), "context", context.shape, "one row a sentence")
-        walk, spacing = SAMPLERS[sampler]
-        timesteps = task.timesteps(self.schedule.timesteps(spacing, steps))
+        walk, usual = SAMPLERS[sampler]
+        timesteps = task.timesteps(self.schedule.timesteps(own("spacing", spacing) or usual, steps))
+        good = self.schedule.abar(timesteps[0]) > 0 or sampler not in ("plms", "lms")
+        expect(good, "sampler", sampler, "ddim, euler or dpm++, for this model starts from no x0")
         each = [(rng or torch_normal)(seed + i) for i in range(b)]
 
         def draw():  # noise (b, h, w, 4), in the order (b, 4, h, w), which is PyTorch's
@@ -1033,7 +1042,7 @@ class StableDiffusion:
             start = start if latents is None else mx.array(latents)
             # All pictures without the prompt, then all with it.
             condition = Condition(mx.repeat(told, b, axis=0), extra)
-            denoise = task.constrain(self.denoiser(condition, cfg), self.schedule, x0)
+            denoise = task.constrain(self.denoiser(condition, cfg, rescale), self.schedule, x0)
             for i, x in enumerate(walk(denoise, start, timesteps, self.schedule, draw), 1):
                 x = task.settle(x, x0) if i == len(timesteps) else x
                 mx.eval(x)  # MLX only notes what is to be computed, until it is told to do it
@@ -1110,7 +1119,7 @@ class StableDiffusion:
 # networks, still empty; put the weights in, after a check of every name and shape; exchange leaf
 # layers for faster ones, and cast the rest.
 
-FORMAT = "sd.py 1"
+FORMAT, FORMATS = "sd.py 1", ("sd.py 1", "sd.py 2")  # 2: with what the first version did not know
 DTYPES = ("float32", "float16", "bfloat16")
 PART = ".sd-part"  # how a file ends that is being written
 RECONVERT = "Convert the checkpoint again, with convert_weights.py."
@@ -1133,30 +1142,31 @@ def expect(good, name, value, rule):
 
 @dataclass
 class Config:
-    """A model's numbers, as they stand in its flat file. Those of Stable Diffusion 1.5 are
+    """A model's numbers, as they stand in its flat file; in comments those of 1.5."""
 
-    {"kind": "model", "name": "Stable Diffusion 1.x", "size": 512, "prediction": "eps", "cfg": 7.5,
-     "text": {"width": 768, "layers": 12, "heads": 12, "activation": "quick_gelu",
-              "vocabulary": 49408, "pad": 49407},
-     "unet": {"widths": [320, 640, 1280, 1280], "heads": [8, 8, 8, 8], "groups": 32,
-              "context_width": 768},       (and "channels": 9, for an inpainting model)
-     "vae": {"widths": [128, 256, 512, 512], "groups": 32, "scale": 0.18215}}
-    """
-
-    kind: str
-    name: str
-    size: int
-    prediction: str
-    cfg: float
-    text: dict
-    unet: dict
-    vae: dict
+    kind: str  # model
+    name: str  # Stable Diffusion 1.x
+    size: int  # 512
+    prediction: str  # eps
+    cfg: float  # 7.5
+    text: dict  # {"width": 768, "layers": 12, "heads": 12, "activation": "quick_gelu",
+    #              "vocabulary": 49408, "pad": 49407}
+    unet: dict  # {"widths": [320, 640, 1280, 1280], "heads": [8, 8, 8, 8], "groups": 32,
+    #              "context_width": 768}, and for inpainting models "channels": 9
+    vae: dict  # {"widths": [128, 256, 512, 512], "groups": 32, "scale": 0.18215}
     safety: dict | None = None  # the safety checker's numbers, where there is one
+    steps: int = 50
+    sampler: str = "plms"
+    spacing: str | None = None  # the sampler's
+    rescale: float = 0
+    zero_snr: bool = False
     words: dict = field(default_factory=dict)  # loaded words (section 12); not in the file
 
     def check(self):
         """SDError for numbers that would fail later, or paint something wrong in silence."""
         text, unet, vae, safety = self.text, self.unet, self.vae, self.safety
+        ids, n = {0, *(i for w in dict.values(self.words) for i in w)}, text["vocabulary"]
+        known = all(self.words) and {*map(type, ids)} <= {int} and 0 <= min(ids) <= max(ids) < n
         scale, widths, together = vae["scale"], vae["widths"], "whole numbers that go together"
         for name, good, rule in (
             ("size", divides(64, self.size), "a multiple of 64"),
@@ -1171,6 +1181,9 @@ class Config:
             ("text.pad", type(text["pad"]) is int and 0 <= text["pad"] <= END, f"0 to {END}"),
             ("vae", len(widths) == 4 and divides(vae["groups"], *widths), together),
             ("vae.scale", type(scale) in (int, float) and 0 < scale < 1e6, "0 to a million"),
+            ("spacing", self.spacing in (None, *SPACINGS), f"one of {', '.join(SPACINGS)}"),
+            ("rescale", type(self.rescale) in (int, float) and 0 <= self.rescale <= 1, "0 to 1"),
+            ("words", known, "words with ids of the vocabulary"),
             ("safety", safety is None or clip_is_whole(safety, "projection"), together),
         ):
             expect(good, name, functools.reduce(dict.get, name.split("."), vars(self)), rule)
@@ -1214,7 +1227,7 @@ def read_flat(path, kind="model"):
     expect(str(path).encode(errors="ignore").decode() == str(path), "its name", path.name, "UTF-8")
     # MLX trusts what the header says about sizes; safetensors checks it. So that goes first.
     metadata = read_header(path)
-    if (found := metadata.get("format")) != FORMAT:
+    if (found := metadata.get("format")) not in FORMATS:
         why = f"is damaged, or no flat file (not {FORMAT!r} but {found!r}). To make one:"
         raise SDError(f"{path} {why} python convert_weights.py {path}")
     try:
@@ -1222,8 +1235,7 @@ def read_flat(path, kind="model"):
         if config["kind"] != kind:
             raise SDError(f"it is a {config['kind']}, where a {what} is needed.")
         if kind == "model":
-            names = [each.name for each in fields(Config)][:8]  # that must be there
-            config = Config(*(config[name] for name in names), config.get("safety"))
+            config = Config(**config)
             config.check()
         elif kind == "controlnet":
             good = unet_is_whole(config["unet"]) and type(config["pool"]) is bool
@@ -1271,9 +1283,8 @@ def load_weights(network, weights, prefix):
 
 
 def accelerate(network, dtype, fast=True):
-    """Exchange leaf layers for faster ones of the same meaning, where sd_more/ is there; cast. A
-    CPU's work on all cores, in blocks that fit a cache, and widen 16-bit weights block by block. A
-    GPU's is MLX's fused attention."""
+    """Exchange leaf layers for faster ones of the same meaning, where sd_more/ is there; cast. On a
+    CPU these work on all cores and widen 16-bit weights block by block, on a GPU attention's do."""
     if not fast or importlib.util.find_spec("sd_more") is None:
         if fast:
             say_once("sd_more/ is not there: slower, no brackets in prompts, no safety checker.")
@@ -1388,8 +1399,7 @@ def check_options(prompt, negative_prompt, seed, steps, cfg, sampler, width, hei
 # hide it; what is small is painted anew [8]. strength is how much of the way is walked: 0.3 touches
 # up, 0.75 keeps the layout, 1 keeps next to nothing.
 #
-# Watch: the noise must be that of the first timestep that is run. The original adds that of the
-# step before (scripts/img2img.py:259), so that x is noisier than its UNet is told.
+# Watch: the noise must be that of the first timestep that is run. (scripts/img2img.py:259 differs.)
 
 
 class ImageToImage(TextToImage):
@@ -1419,8 +1429,6 @@ class ImageToImage(TextToImage):
 # Inpainting: paint anew only where a mask says so. Elsewhere the clean latents x0 are known, and
 # with them the noise in x: eps = (x - sqrt(abar) x0) / sqrt(1 - abar). With that for an answer any
 # sampler walks the known part along to x0, while the UNet sees it around the part that it paints.
-# (diffusers puts the known part, with the noise of the beginning, into x after each step: the same,
-# where a sampler adds no noise of its own. The original does so before each call, with new noise.)
 # In the end the known pixels are pasted, with a soft edge, because the VAE changes them a little.
 
 
@@ -1495,7 +1503,7 @@ def open_picture(file, most=3 << 24):
         with warnings.catch_warnings(action="ignore"):
             image = file if isinstance(file, Image.Image) else Image.open(file, formats=PICTURES)
             if math.prod(image.size) > most or max(image.size) > 1 << 16:
-                raise OverflowError(f"{image.size} pixels are too many, at most {most} can be")
+                raise OverflowError(f"{image.size} are too many pixels: at most {most} can be")
             return ImageOps.exif_transpose(image)
     except Exception as error:  # noqa: BLE001  Pillow raises all kinds for damaged files
         raise SDError(f"{file} is not readable as a picture: {error}") from None
@@ -1513,8 +1521,7 @@ def load_picture(file, width=None, height=None, green_is_hole=False):
     if green_is_hole:  # before resizing mixes it with others
         pixels[(pixels[..., :3] == (0, 255, 0)).all(2), 3] = 0
     image = Image.fromarray(pixels)
-    near = (max(64, round(n / 64) * 64) for n in image.size)
-    size = tuple(n or own for n, own in zip((width, height), near))
+    size = tuple(n or max(64, round(m / 64) * 64) for n, m in zip((width, height), image.size))
     name = Path(file).name if isinstance(file, (str, Path)) else "the picture"
     expect(math.prod(size) <= MOST_PIXELS, f"the size of {name}", size, "at most 4096 x 4096")
     if size != image.size:
@@ -1525,12 +1532,13 @@ def load_picture(file, width=None, height=None, green_is_hole=False):
 
 
 def picture_and_mask(image, mask=None, width=None, height=None):
-    """-> picture (8h, 8w, 3), mask (8h, 8w), 1 where to paint: where the mask is white. Without one
-    it is where the picture is transparent or pure green, and there it gets the colours around.
-    """
+    """-> picture (8h, 8w, 3), mask (8h, 8w), 1 where to paint: where the mask is white, or opaque
+    if it is not all so. Without one where the picture is transparent or pure green, and there it
+    gets the colours around."""
     picture, opaque = load_picture(image, width, height, green_is_hole=True)
     if mask is not None:
-        return picture, np.float32(load_picture(mask, *opaque.shape[::-1])[0].mean(2) > 0.5)
+        white, there = load_picture(mask, *opaque.shape[::-1])
+        return picture, np.float32((white.mean(2) if there.min() == 1 else there) > 0.5)
     hole = np.float32(opaque < 0.5)
     if not hole.any():
         return picture, hole
@@ -1553,70 +1561,65 @@ def blur(x, radius):
 # %% 11. More samplers -----------------------------------------------------------------------------
 # All ask the same question, denoise(x, t), and differ in how they go on from the answer, in the
 # coordinates of section 7 [9]: y = x / sqrt(abar) = x0 + sigma eps, where dy/dsigma is eps, and
-# hypot(1, sigma) is 1 / sqrt(abar). They start at the sigma of their first timestep (13.1 at 981,
-# 14.6 at 999) and end at 0. (k-diffusion starts at 999. More are in sd_more/samplers.py.)
+# hypot(1, sigma) is 1 / sqrt(abar). As in k-diffusion, where they are from, their timesteps go in
+# equal steps to 0 (sigma is 14.6 at 999, 1.6 at 500), then to sigma 0. More: sd_more/samplers.py.
 
 
 def in_sigmas(walk):  # walk(ask, y, sigmas, draw), in these coordinates; ask(y, i) -> (x0, eps)
-    def sample(denoise, x, timesteps, schedule, draw=None, **options):
-        sigmas = [*map(schedule.sigma, timesteps), 0.0]
+    def sample(denoise, x, timesteps, schedule, draw=None):
+        sigmas = [*(min(schedule.sigma(t), 4096) for t in timesteps), 0.0]  # zero_snr's is infinite
         scales = [math.hypot(1, sigma) for sigma in sigmas]
 
-        def ask(y, i):
-            return denoise(y / scales[i], timesteps[i])
-
-        for i, y in enumerate(walk(ask, x * scales[0], sigmas, draw, **options), 1):
+        ask = lambda y, i: denoise(y / scales[i], timesteps[i])
+        for i, y in enumerate(walk(ask, x * scales[0], sigmas, draw), 1):
             yield y / scales[i]
 
     return sample
 
 
 @in_sigmas
-def sample_euler(ask, y, sigmas, draw, eta=0):
-    """DDIM, but for its last step, which goes all the way to x0. With eta 1 it is ancestral: go
-    down further than asked and come back with new noise, so that the variances add up. That covers
-    old errors, and no longer follows the one equation: more steps give another picture.
-    """
-    for i, (now, then) in enumerate(itertools.pairwise(sigmas)):
-        _, eps = ask(y, i)
-        up = eta * then * math.sqrt(max(0, 1 - (then / now) ** 2))
-        y = y + (math.sqrt(then**2 - up**2) - now) * eps + (up * draw() if eta else 0)
+def sample_euler(ask, y, sigmas, draw):
+    """DDIM, but for its last step, which goes all the way to x0."""
+    for i, then in enumerate(sigmas[1:]):
+        x0, eps = ask(y, i)
+        y = x0 + then * eps
         yield y
 
 
-SAMPLERS |= {"euler": Sampler(sample_euler)}
-SAMPLERS |= {"euler-a": Sampler(functools.partial(sample_euler, eta=1))}
+SAMPLERS["euler"] = Sampler(sample_euler, "linspace")
 
 
 # %% 12. LoRA, clip skip ---------------------------------------------------------------------------
 # What changes a model when it is loaded: functions that take and give (config, {name: array}), for
-# StableDiffusion(changes=[...]). None of it costs time when painting. A LoRA changes matrices by
-# products of two thin ones [12], so that a style or a face is a file of some megabytes:
-#
-#     W + strength up @ down        up (o, r), down (r, c), with a rank r of 4 to 128
-#
-# A convolution's down is (r, k, k, c), read as (r, k k c); some split it, into a 1 x 1 down (m, c)
-# and a 3 x 3 middle (r, 3, 3, m). The converter has put the file's own factor, alpha / r, into up.
-# Clip skip leaves out the text model's last layers, as some models were trained to do.
+# StableDiffusion(changes=[...]). None of it costs time when painting. A LoRA [12] adds to a matrix
+# strength up @ down, of thin ones, up (o, r) and down (r, c), r 4 to 128, alpha / r within up. A
+# convolution's down is (r, k, k, c), read as (r, k k c), or it is split: down (m, c) and middle (r,
+# 3, 3, m). Others hold the whole change, diff. DoRA gives the changed rows, or columns, the lengths
+# m, its magnitude (2402.09353, eq. 5). Clip skip leaves out the text model's last layers.
 
 
 def lora(path, strength=1.0):
     """path: a flat file. The changed weights are float32. Raises SDError."""
 
     def change(config, weights):
-        _, parts = read_flat(path, "lora")
-        changed = {}
-        parts = {name: part.astype(mx.float32) for name, part in parts.items()}
+        parts = {n: part.astype(mx.float32) for n, part in read_flat(path, "lora")[1].items()}
+        changed, kinds = {}, ("up", "down", "middle", "diff", "magnitude")
         try:
             for name in sorted({name.rpartition(".")[0] for name in parts}):
-                up, down, middle = (parts.get(f"{name}.{p}") for p in ("up", "down", "middle"))
-                weight = weights[f"{name}.weight"].astype(mx.float32)
+                up, down, middle, diff, m = (parts.get(f"{name}.{kind}") for kind in kinds)
+                place = name if name in weights else f"{name}.weight"  # it may be a bias
+                weight = weights[place].astype(mx.float32)
                 down = down if middle is None else middle @ down
-                product = up @ down.reshape(len(down), -1)
-                changed[f"{name}.weight"] = weight + strength * product.reshape(weight.shape)
+                diff = up @ down.reshape(len(down), -1) if diff is None else diff
+                if weight.shape[-1] == 9 and 9 * diff.size == 4 * weight.size:  # inpainting's conv
+                    diff = mx.pad(diff.reshape(*weight.shape[:3], 4), [(0, 0)] * 3 + [(0, 5)])
+                weight = weight + strength * diff.reshape(weight.shape)
+                if m is not None:
+                    axes = [axis for axis, n in enumerate(m.shape) if n == 1]
+                    weight = weight * m / mx.sqrt((weight**2).sum(axes, keepdims=True) + 1e-24)
+                changed[place] = weight
         except (LookupError, TypeError, ValueError, AttributeError):
-            problem = f"for another model, or damaged: {name} does not fit"
-            raise SDError(f"{path} is {problem}.") from None
+            raise SDError(f"{path} is for another model or damaged: {name} does not fit.") from None
         return config, weights | changed
 
     return change
@@ -1651,8 +1654,7 @@ class ControlNetwork(nn.Module):
         self.down, self.middle = copied.down, copied.middle
         sees, strides = (3, 16, 16, 32, 32, 96, 96, 256, c1), (1, 1, 2, 1, 2, 1, 2, 1)
         self.picture = [Conv(*cs, stride) for *cs, stride in zip(sees, sees[1:], strides)]
-        rows = c1, c1, c1, c1, c2, c2, c2, c3, c3, c3, c4, c4, c4
-        self.zero = [Linear(c, c) for c in rows]
+        self.zero = [Linear(c, c) for c in (c1, c1, c1, c1, c2, c2, c2, c3, c3, c3, c4, c4, c4)]
 
     def look(self, picture):  # (1, 8h, 8w, 3) -> a hint (1, h, w, c1), the same at all steps
         for layer in self.picture[:-1]:
@@ -1669,7 +1671,6 @@ class ControlNet:
 
     def __init__(self, path, dtype=None):
         config, weights = read_flat(path, "controlnet")
-        # pool: some, such as shuffle's, correct all positions alike.
         self.path, self.unet, self.pool = path, config["unet"], config["pool"]
         self.network = ControlNetwork(**self.unet)
         load_weights(self.network, weights, "controlnet")
@@ -1687,7 +1688,7 @@ def correct(controls, x, t, context):  # -> the sums of all corrections, 13 arra
     each = []
     for net, hint, weight in controls:
         corrections = net.network(x, t, context, hint)
-        if net.pool:
+        if net.pool:  # some, such as shuffle's, correct all positions alike
             corrections = [y.mean((1, 2), keepdims=True) for y in corrections]
         each.append([weight * y for y in corrections])
     return tuple(sum(ys).astype(x.dtype) for ys in zip(*each))
@@ -1702,9 +1703,9 @@ OPTIONS = (  # name, type, default, what it means
     ("--prompt", str, "a red house on the grass at sunset", "what to paint"),
     ("--negative-prompt", str, "", "what to keep away from, where --cfg is not 1; default nothing"),
     ("--seed", int, 42, "which noise to start from"),
-    ("--steps", int, 50, "from noise to picture, a UNet call each, with PLMS one more"),
+    ("--steps", int, None, "from noise to picture, a UNet call each, with PLMS one more; or 50"),
     ("--cfg", float, None, "how far to follow the prompt, 1 for no guidance; default the model's"),
-    ("--sampler", str, "plms", "how to get from noise to picture: SAMPLERS"),
+    ("--sampler", str, None, "how to get from noise to picture: SAMPLERS; default plms"),
     ("--width", int, None, "in pixels, a multiple of 64; default what the model was trained on"),
     ("--height", int, None, "likewise"),
     ("--n-images", int, 1, "how many; the second has seed + 1, and so on"),
@@ -1731,7 +1732,7 @@ def main(argv=None):
         expect(output.suffix == ".png", "--output", output, "NAME.png")
         sd = StableDiffusion(model, dtype)
         for i, x in enumerate(sd.generate_latents(**args), 1):
-            say(f"step {i}/{args['steps']}")
+            say(f"step {i}")
         for picture in sd.to_pictures(x):
             save = functools.partial(picture.save, format="PNG")
             say(f"saved {write_complete(output, save, overwrite=False)}", sys.stdout)
@@ -1740,8 +1741,7 @@ def main(argv=None):
         sys.exit(2)
 
 
-# Run as a program, and not as a notebook's cell.
-if __name__ == "__main__" and Path(sys.argv[0]).resolve() == SOURCE:
+if __name__ == "__main__" and Path(sys.argv[0]).resolve() == SOURCE:  # no notebook's cell
     if importlib.util.find_spec("sd_more"):
         from sd_more import app
 

@@ -10,7 +10,7 @@ import argparse
 import math
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import convert_weights
@@ -23,7 +23,7 @@ from sd_more.low_memory import LowMemory
 from sd_more.noise import GENERATORS
 from sd_more.output import check_output, name_step, save_png
 from sd_more.pictures import grid
-from sd_more.prompts import read_weighted, show_tokens
+from sd_more.prompts import name_unused, read_weighted, show_tokens, without_loras
 from sd_more.safety import SafetyChecker, check_safety, load_checker
 from sd_more.textual_inversion import textual_inversion
 
@@ -59,6 +59,10 @@ def make_parser():
     g.add_argument("--from-png", type=Path, metavar="FILE",
                    help="with the options that this picture was made with; those given here win; "
                         "another program's picture comes out only similar")
+    g.add_argument("--spacing", choices=sd.SPACINGS,
+                   help="which timesteps the sampler takes; default the model's or sampler's own")
+    g.add_argument("--rescale", type=float, metavar="S",
+                   help="how much of the contrast that guidance adds to take away, 0 to 1")
     g = p.add_argument_group("from a picture")
     g.add_argument("--image", type=Path, metavar="FILE",
                    help="begin with this; if a part is transparent or pure green, paint only that")
@@ -74,6 +78,8 @@ def make_parser():
     g = p.add_argument_group("changes to the model")
     g.add_argument("--lora", action="append", default=[], metavar="FILE[:STRENGTH]",
                    help="a LoRA, for a style or a face; may be repeated")
+    g.add_argument("--lora-dir", type=Path, metavar="FOLDER",
+                   help="where the files are that <lora:NAME:STRENGTH> in a prompt names")
     g.add_argument("--embedding", "--words", action="append", default=[], metavar="FILE",
                    help="a textual inversion, whose name becomes a word of the prompt; may be "
                         "repeated")
@@ -96,24 +102,40 @@ def make_parser():
 
 
 def parse(argv):
-    """-> the options, those of --from-png included."""
+    """-> the options, those of --from-png included; given: names of those on the command line."""
     parser = make_parser()
-    args = parser.parse_args(argv)
-    if args.from_png is None:
-        return args
-    # Options that may be repeated replace the picture's; argparse alone would add to them.
-    repeated = {name: [] for name, value in vars(args).items() if isinstance(value, list) and value}
-    parser.set_defaults(**read_parameters(args.from_png) | repeated)
-    return parser.parse_args(argv)
+    args, given = parser.parse_args(argv), read_given(argv)
+    if args.from_png is not None:
+        # Options that may be repeated replace the picture's; argparse alone would add to them.
+        repeated = {name: [] for name, value in given.items() if isinstance(value, list)}
+        parser.set_defaults(**read_parameters(args.from_png, given) | repeated)
+        args = parser.parse_args(argv)
+    args.given = sorted(given)
+    return args
+
+
+def read_given(argv):
+    """-> {option: value}, of those on the command line."""
+    parser, nothing = make_parser(), object()
+    usual = vars(parser.parse_args([]))
+    parser.set_defaults(**{k: [] if isinstance(v, list) else nothing for k, v in usual.items()})
+    found = vars(parser.parse_args(argv))
+    return {name: value for name, value in found.items() if value is not nothing and value != []}
 
 
 def check(args):
     """SDError for whatever can be found wrong without a model."""
     size = [64 if n is None else n for n in (args.width, args.height)]  # what is not given is right
-    cfg = 1.0 if args.cfg is None else args.cfg
-    sd.check_options("", "", args.seed, args.steps, cfg, args.sampler, *size, args.n_images)
+    right = {"cfg": 1.0, "steps": 1, "sampler": "plms"}  # likewise
+    right |= {name: vars(args)[name] for name in right if vars(args)[name] is not None}
+    sd.check_options(
+        "", "", args.seed, **right, width=size[0], height=size[1], n_images=args.n_images
+    )
     sd.choose_dtype(args.dtype)
     expect(args.rng in GENERATORS, "rng", args.rng, f"one of {', '.join(GENERATORS)}")
+    spacings = f"one of {', '.join(sd.SPACINGS)}"
+    expect(args.spacing in (None, *sd.SPACINGS), "spacing", args.spacing, spacings)
+    expect(args.rescale is None or 0 <= args.rescale <= 1, "rescale", args.rescale, "0 to 1")
     for name, n in (("--save-every", args.save_every), ("--decode-batch", args.decode_batch)):
         expect(n is None or n >= 1, name, n, "at least 1")
     if args.n_rows is not None:
@@ -121,7 +143,7 @@ def check(args):
         expect(good, "--n-rows", args.n_rows, f"1 to {args.n_images} (--n-images)")
         if count_processes() > 1:
             raise SDError("--n-rows needs all pictures: paint with one process, not several.")
-    if args.prompt is not None and args.prompts and not args.from_png:
+    if "prompt" in args.given and args.prompts:
         raise SDError("give --prompt or --prompts, not both: add it to the file.")
     if args.image is None and (args.mask is not None or args.strength is not None):
         option = "--strength" if args.mask is None else "--mask"
@@ -133,8 +155,46 @@ def check(args):
         )
     for text in [*args.lora, *args.controlnet]:
         path_and_number(text)
+    if args.lora_dir is not None and not args.lora_dir.is_dir():
+        raise SDError(f"--lora-dir: there is no folder {args.lora_dir}. Is the name right?")
     if not args.show_tokens:
         check_output(args.output)
+    for sentence in name_useless(args):
+        sd.say_once(sentence)
+
+
+TOKENS = {"prompt", "prompts", "plain_prompt", "show_tokens", "model", "embedding", "from_png"}
+
+
+def name_useless(args):
+    """-> a sentence for each option on the command line that changes nothing."""
+    options = {name: "--" + name.replace("_", "-") for name in args.given}
+    options |= {"safety_check": "--no-safety-check"} if "safety_check" in options else {}
+    if args.show_tokens:
+        idle = ", ".join(options[name] for name in args.given if name not in {*TOKENS, "lora_dir"})
+        return [f"--show-tokens paints nothing; without effect: {idle}."] if idle else []
+    share = args.strength if args.image and 0 < (args.strength or 0) <= 1 else 1
+    steps = math.inf if args.steps is None else int(share * args.steps)  # or the model's own
+    one = "there is only one picture (--n-images)" if args.n_images == 1 else ""
+    why = {
+        "decode_batch": one if args.decode_batch > 1 else "",
+        "n_rows": one,
+        "save_every": f"of steps there are {steps}" if (args.save_every or 0) >= steps else "",
+        "clip_skip": "1 leaves out no layer" if args.clip_skip == 1 else "",
+        "rescale": "at cfg 1 there is no guidance" if args.cfg == 1 else "",
+    }
+    found = [(name, vars(args)[name], text) for name, text in why.items() if text]
+    found += [("lora", text, "its strength is 0") for text in args.lora if is_zero(text)]
+    found += [("controlnet", text, "its weight is 0") for text in args.controlnet if is_zero(text)]
+    return [
+        f"{options[name]} {value} has no effect: {text}."
+        for name, value, text in found
+        if name in options
+    ]
+
+
+def is_zero(text):
+    return path_and_number(text)[1] == 0
 
 
 def choose_prompts(args):
@@ -158,6 +218,56 @@ def path_and_number(text):
     return Path(path), number
 
 
+def add_loras(args, prompts):
+    """Put into args.lora what <lora:name:0.8> in the prompts says, or say why it is left out."""
+    each = [[] if args.plain_prompt else without_loras(prompt)[1] for prompt in prompts]
+    if any(tags != each[0] for tags in each):
+        raise SDError("the lines of --prompts name different LoRAs: paint them one by one.")
+    if args.lora_dir is not None and not each[0]:
+        sd.say_once("--lora-dir has no effect: no prompt has <lora:NAME:STRENGTH>.")
+    for kind, (name, *numbers) in each[0]:
+        path, strength = find_lora(args, name), read_strength(numbers)
+        if kind == "hypernet":
+            problem = "hypernetworks are not done here"
+        elif strength is None:
+            problem = "its strength must be one number"
+        elif path is None:
+            problem = (
+                "--lora-dir has no such file" if args.lora_dir else "give --lora-dir or --lora"
+            )
+        else:
+            set_strength(args, path, strength)
+            continue
+        tag = ":".join([kind, name, *numbers])[:80]
+        sd.say_once(f"<{tag}> in the prompt is left out: {problem}.")
+
+
+def read_strength(numbers):
+    """["0.8"] -> 0.8, [] -> 1.0; None for one in each network, or what is no number."""
+    try:
+        (strength,) = {float(number) for number in numbers or ["1"]}
+    except ValueError:
+        return None
+    return strength if math.isfinite(strength) else None
+
+
+def set_strength(args, path, strength):
+    paths = [path_and_number(text)[0] for text in args.lora]
+    new = f"{path}:{strength}"
+    args.lora = [new if p == path else text for p, text in zip(paths, args.lora)]
+    args.lora += [] if path in paths else [new]
+
+
+def find_lora(args, name):
+    """-> the file of that name, of --lora or in --lora-dir; None if there is none."""
+    paths = [path_and_number(text)[0] for text in args.lora]
+    if args.lora_dir is not None:
+        found = sorted(args.lora_dir.rglob("*"), key=lambda path: (".flat" in path.suffixes, path))
+        paths += [path for path in found if path.suffix in (".safetensors", ".pt", ".ckpt", ".bin")]
+    same = (path for path in paths if path.stem.removesuffix(".flat").lower() == name.lower())
+    return next(same, None)
+
+
 # %% Model and task --------------------------------------------------------------------------------
 
 
@@ -167,10 +277,23 @@ def prepare(args):
     task = make_task(args, model.config)
     if args.controlnet:
         model = model.controlled(*load_controls(args, model, task))
-    names = "negative_prompt", "steps", "sampler", "width", "height"
+    names = "negative_prompt", "width", "height"
     sampling = {name: vars(args)[name] for name in names} | {"rng": GENERATORS[args.rng]}
-    sampling["cfg"] = model.config.cfg if args.cfg is None else args.cfg
-    return model, task, sampling
+    return model, task, sampling | choose_habits(args, model.config)
+
+
+HABITS = ("steps", "sampler", "spacing", "cfg", "rescale")
+
+
+def choose_habits(args, config):
+    """-> what is given, and for the rest what is the model's own, which is said once."""
+    own = {name: vars(config)[name] for name in HABITS if vars(args)[name] is None}
+    usual = {each.name: each.default for each in fields(config)} | {"cfg": 7.5}
+    unusual = {name: value for name, value in own.items() if value != usual[name]}
+    if unusual and args.model != sd.TINY:
+        few = ", ".join(f"{name} {value}" for name, value in unusual.items())
+        sd.say_once(f"the model's own {few}.")
+    return {name: vars(args)[name] for name in HABITS} | own
 
 
 def load_model(args):
@@ -198,11 +321,20 @@ def make_task(args, config):
 
 def load_controls(args, model, task):
     """-> (ControlNet, picture, weight) each"""
-    width, height = task.size(model.config, args.width, args.height)
+    size = tuple(task.size(model.config, args.width, args.height))
     for text, image in zip(args.controlnet, args.control_image):
         path, weight = path_and_number(text)
-        picture, _ = sd.load_picture(image, width, height)
-        yield sd.ControlNet(flat_file(path), model.dtype), picture, weight
+        yield sd.ControlNet(flat_file(path), model.dtype), load_hint(image, size, path), weight
+
+
+def load_hint(image, size, path):
+    """What a ControlNet sees: where a picture is transparent black, or for one that was trained to
+    inpaint -1, which says that there is a hole. (make_inpaint_condition, in diffusers' ControlNet
+    examples)
+    """
+    picture, opaque = sd.load_picture(image, *size)
+    picture[opaque < 0.5] = -1 if "inpaint" in path.name.lower() else 0
+    return picture
 
 
 def flat_file(path):
@@ -233,8 +365,9 @@ class Painter:
     def paint(self, prompt, seed, count, number):
         """count pictures, from this seed on. number: that of the first among all processes'."""
         steps = len(self.task.timesteps(range(self.sampling["steps"])))
+        text = prompt if self.recipe["plain_prompt"] else without_loras(prompt)[0]
         walk = self.model.generate_latents(
-            prompt, seed=seed, n_images=count, task=self.task, **self.sampling
+            text, seed=seed, n_images=count, task=self.task, **self.sampling
         )
         for i, x in report_steps(walk, steps):
             if self.save_every and i % self.save_every == 0 and i < steps:
@@ -282,10 +415,17 @@ def report_steps(walk, steps):
         yield i, x
 
 
+def name_spacing(sampler):
+    """-> the sampler's own, where a picture must say so, for the first version's was another"""
+    spacing = sd.SAMPLERS[sampler].spacing
+    return spacing if spacing == "linspace" else None
+
+
 def make_painter(args):
     model, task, sampling = prepare(args)
     recipe = vars(args) | {
-        "cfg": sampling["cfg"],
+        **{name: sampling[name] for name in HABITS},
+        "spacing": sampling["spacing"] or name_spacing(sampling["sampler"]),
         "dtype": str(model.dtype).removeprefix("mlx.core."),
         "strength": task.strength if isinstance(task, ImageToImage) else None,
     }
@@ -305,11 +445,14 @@ def main(argv=None):
 def run(args):
     check(args)
     prompts = choose_prompts(args)
+    add_loras(args, prompts)
+    read = [prompt if args.plain_prompt else without_loras(prompt)[0] for prompt in prompts]
     if args.show_tokens:
         model = load_model(args)
-        for prompt in prompts:
+        for prompt in read:
             show_tokens(model, prompt)
         return
     painter = make_painter(args)
+    name_unused(painter.model, [*read, args.negative_prompt])
     for prompt, first, count, number in share_of_this_process(prompts, args.n_images):
         painter.paint(prompt, args.seed + first, count, number)

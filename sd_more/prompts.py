@@ -14,11 +14,15 @@ change a little, too, with the miniature and "a (red:1.5) house" by 3 percent. T
 reason for it, for the mean is nearly 0 and means nothing, but so it is done there, and prompts were
 tried out with it.
 
-Three things are otherwise there. Where 75 tokens are full in the middle of a phrase, the words
-behind the last comma, up to 20 tokens, move into the next 75; here the cut is where it comes. That
-the shorter one of prompt and negative prompt is filled up with chunks without words is an option
-there; here it is always so. And what has a meaning only there is read as text: [a:b:0.5], which
-changes the prompt on the way, is a text with less weight, and AND is a word.
+Where 75 tokens are full in the middle of a phrase, the words behind the last comma, if it is one of
+the last 20, move into the next 75, as there by default. A loaded word (textual inversion) is found
+whatever its case, as there, and also as embedding:word, which is how ComfyUI writes it.
+
+Two things are otherwise there. That the shorter one of prompt and negative prompt is filled up with
+chunks without words is an option there; here it is always so. And what has a meaning only there, or
+for its extensions, is read as text, and said: [a:b:0.5] and [a|b], which change the prompt on the
+way, AND between two prompts, {a|b} and __a__ for chance. <lora:name:0.8> is no part of a prompt:
+without_loras() leaves it out.
 """
 
 import re
@@ -38,9 +42,20 @@ PROMPT_MARKS = re.compile(
     """,
     re.VERBOSE,
 )
+LORA = re.compile(r"<(lora|lyco|hypernet):([^<>]*)>")
+STRANGE = re.compile(
+    r"""
+      (?<! \\) \[ [^\[\]]* \]             # [a|b]  [a:b:0.5], or only [a], see changes()
+    | \{ [^{}|]* \| [^{}]* \}               # {a|b}
+    | (?<! \w) __ \w \S{0,100}? __ (?! \w) # __a__
+    | \b AND \b
+    """,
+    re.VERBOSE,
+)
 FACTORS = {"(": 1.1, "[": 1 / 1.1}
 DEEPEST = 100  # of brackets in brackets
 MOST_CHUNKS = 100
+COMMA_WITHIN = 20  # so many tokens from the end of 75, words behind it move on
 
 
 def parse_weights(text):
@@ -102,9 +117,66 @@ def join_equal(pieces):
     return joined
 
 
+def find_strange(text):
+    """-> what a prompt says to other programs, and is read as text here.
+
+    find_strange("a {red|blue} [cat:dog:0.5] AND [grey] sky")
+    ->  ["{red|blue}", "[cat:dog:0.5]", "AND"]
+    """
+    found = dict.fromkeys(match[0] for match in [*STRANGE.finditer(text), *LORA.finditer(text)])
+    return [mark for mark in found if not mark.startswith("[") or changes(mark)]
+
+
+def changes(mark):
+    """Is it [a|b] or [a:b:0.5], and not [a], which is a text with less weight?"""
+    _, colon, end = mark[:-1].rpartition(":")
+    return "|" in mark or bool(colon and re.fullmatch(r"\s*\d*\.?\d+\s*", end))
+
+
+def name_strange(text):
+    for mark in find_strange(text)[:20]:
+        sd.say_once(f'"{mark[:60]}" in the prompt is read as text here.')
+
+
+def without_loras(text):
+    """-> the prompt without <lora:name:0.8> and the like, and the tags: [(kind, [name, "0.8"])]."""
+    tags = [(match[1], match[2].split(":")) for match in LORA.finditer(text)]
+    return LORA.sub("", text), tags
+
+
+def spell_words(tokenizer, text):
+    """Loaded words as the tokenizer knows them: "Embedding:CAT-TOY" -> "cat-toy"."""
+    if not tokenizer.words:
+        return text
+    spelled = {word.lower(): word for word in tokenizer.words} | {w: w for w in tokenizer.words}
+    longest = sorted(tokenizer.words, key=len, reverse=True)
+    any_word = "|".join(map(re.escape, longest))
+    pattern = rf"(?<!\w)(?:embedding:({any_word})(?:\.(?:pt|bin|safetensors))?|({any_word}))(?!\w)"
+
+    def spell(match):
+        word = match[1] or match[2]
+        return spelled.get(word, spelled.get(word.lower(), match[0]))
+
+    return re.sub(pattern, spell, text, flags=re.IGNORECASE)
+
+
+def name_unused(model, texts):
+    """Say which loaded words stand in none of the prompts."""
+    unused = dict.fromkeys(model.tokenizer.words)
+    for text in texts if unused else ():
+        if model.reader is read_weighted:
+            words = read_words(model.tokenizer, text)
+        else:
+            words = model.tokenizer.split(text)
+        for word, *_ in words:
+            unused.pop(word, None)
+    for word in unused:
+        sd.say_once(f'the embedding "{word}" is loaded, but no prompt has this word.')
+
+
 def read_words(tokenizer, text):
     """Yield (word, its pieces, their ids, weight); weight None and no ids for BREAK."""
-    for piece, weight in parse_weights(text):
+    for piece, weight in parse_weights(spell_words(tokenizer, text)):
         if weight is None:
             yield "BREAK", (), [], None
         else:
@@ -114,22 +186,32 @@ def read_words(tokenizer, text):
 
 def split_chunks(tokenizer, text):
     """-> [[(id, weight)]] with at most 75 in each, at least one."""
-    chunks = [[]]
+    chunks, comma, after = [[]], tokenizer.ids[",</w>"], 0  # after: where the last comma ends
     for word, _, ids, weight in read_words(tokenizer, text):
         if weight is None:
             chunks.append([])
+            after = 0
         # A word may be cut between two pieces, but not a loaded one between its vectors.
         loaded = word in tokenizer.words and len(ids) <= 75
         for together in [ids] if loaded else [[i] for i in ids]:
+            full = len(chunks[-1]) == 75 and together != [comma]
+            if full and after > 75 - COMMA_WITHIN:
+                chunks[-1:] = [chunks[-1][:after], chunks[-1][after:]]
+                after = 0
             if len(chunks[-1]) + len(together) > 75:
                 chunks.append([])
+                after = 0
             chunks[-1] += [(i, weight) for i in together]
+            if together == [comma]:
+                after = len(chunks[-1])
     return chunks
 
 
 def read_weighted(model, sentences):
     """-> (number of sentences, 77 k, width), k for the longest; the others get empty chunks."""
     each = [split_chunks(model.tokenizer, sentence) for sentence in sentences]
+    for sentence in sentences:
+        name_strange(sentence)
     k = max(map(len, each))
     sd.expect(
         k <= MOST_CHUNKS, "the prompt", f"{k} times as many", f"75 tokens {MOST_CHUNKS} times"

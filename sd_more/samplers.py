@@ -1,4 +1,4 @@
-"""More samplers, "dpm++", "lms" and "lcm": importing this adds their rows to sd.SAMPLERS.
+"""More samplers, "euler-a", "dpm++", "lms", "lcm": importing this adds their rows to sd.SAMPLERS.
 
 Like those of sd.py they are generators, walk(denoise, x, timesteps, schedule, draw), that yield x
 once for each timestep. Those marked in_sigmas compute in the coordinates of sd.py's section 11.
@@ -10,6 +10,19 @@ import math
 import numpy as np
 
 from sd import SAMPLERS, SPACINGS, Sampler, expect, in_sigmas
+
+
+@in_sigmas
+def sample_euler_ancestral(ask, y, sigmas, draw):
+    """Euler's method, but go down further than asked and come back with new noise, so that the
+    variances add up. That covers old errors, and no longer follows the one equation: more steps
+    give another picture. (Crowson's, in k-diffusion)
+    """
+    for i, (now, then) in enumerate(itertools.pairwise(sigmas)):
+        x0, eps = ask(y, i)
+        up = then * math.sqrt(max(0, 1 - (then / now) ** 2))
+        y = x0 + math.sqrt(then**2 - up**2) * eps + up * draw()
+        yield y
 
 
 @in_sigmas
@@ -34,13 +47,13 @@ def sample_dpm_2m(ask, y, sigmas, draw):
 
 def karras_spacing(schedule, steps):
     """Sigmas evenly spaced in their 7th root (Karras et al. 2022, arXiv 2206.00364, eq. 5), smaller
-    steps near the end -> the t that have them. As in diffusers' DPM-Solver the UNet is told the
-    nearest whole one, in k-diffusion t itself.
+    steps near the end -> the t that have them, which the UNet is told as they are, as in
+    k-diffusion; diffusers rounds them.
     """
-    last = len(schedule.log_sigmas) - 1
-    high, low = schedule.sigma(last) ** (1 / 7), schedule.sigma(0) ** (1 / 7)
+    log_sigmas = np.minimum(schedule.log_sigmas, math.log(4096))  # as in in_sigmas
+    high, low = (math.exp(log_sigmas[t] / 7) for t in (-1, 0))
     sigmas = [(high + (low - high) * i / max(1, steps - 1)) ** 7 for i in range(steps)]
-    return [float(np.interp(math.log(s), schedule.log_sigmas, range(last + 1))) for s in sigmas]
+    return [float(np.interp(math.log(s), log_sigmas, range(len(log_sigmas)))) for s in sigmas]
 
 
 @in_sigmas
@@ -86,8 +99,9 @@ def lcm_spacing(schedule, steps):
 
 SPACINGS |= {"karras": karras_spacing, "lcm": lcm_spacing}
 SAMPLERS |= {
-    "dpm++": Sampler(sample_dpm_2m),
+    "euler-a": Sampler(sample_euler_ancestral, "linspace"),
+    "dpm++": Sampler(sample_dpm_2m, "linspace"),
     "dpm++-karras": Sampler(sample_dpm_2m, "karras"),
-    "lms": Sampler(sample_lms),
+    "lms": Sampler(sample_lms, "linspace"),
     "lcm": Sampler(sample_lcm, "lcm"),
 }

@@ -23,7 +23,7 @@ def textual_inversion(path):
         name, words = "text_encoder.token_embedding.weight", dict(config.words)
         for word, vectors in read_flat(path, "words")[1].items():
             table = weights[name]
-            if vectors.shape[1:] != table.shape[1:] or not 1 <= len(vectors) <= 75:
+            if vectors.shape[1:] != table.shape[1:] or not len(vectors):
                 raise SDError(
                     f"{path} is for another text model: its vectors are {vectors.shape}, here "
                     f"they have {table.shape[1]} numbers."

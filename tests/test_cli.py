@@ -70,10 +70,12 @@ def test_the_options_of_the_first_version_are_all_there_with_their_defaults():
     args = vars(app.make_parser().parse_args([]))
     assert args == {
         "prompt": None, "negative_prompt": "", "prompts": None, "plain_prompt": False,
-        "width": None, "height": None, "n_images": 1, "n_rows": None, "seed": 42, "steps": 50,
-        "cfg": None, "sampler": "plms", "rng": "torch", "from_png": None, "image": None,
+        "width": None, "height": None, "n_images": 1, "n_rows": None, "seed": 42, "steps": None,
+        "cfg": None, "sampler": None, "spacing": None, "rescale": None,  # the model's: 50 of plms
+         "rng": "torch", "from_png": None, "image": None,
         "strength": None, "mask": None, "controlnet": [], "control_image": [], "model": sd.TINY,
-        "lora": [], "embedding": [], "clip_skip": None, "safety_check": True, "dtype": None,
+        "lora": [], "lora_dir": None, "embedding": [], "clip_skip": None, "safety_check": True,
+        "dtype": None,
         "low_memory": False, "output": Path("out.png"), "save_every": None, "decode_batch": 1,
         "show_tokens": False,
     }  # fmt: skip
@@ -102,17 +104,17 @@ def test_a_picture_carries_what_makes_it_again(paint, tmp_path):
         "--prompt", prompt, "--negative-prompt", negative.removeprefix("Negative prompt: "),
         "--seed", told["Seed"], "--cfg", told["CFG scale"], "--steps", told["Steps"],
         "--width", width, "--height", height, "--sampler", told["Sampler"].lower(),
-        "--rng", told["RNG"],
+        "--rng", {"CPU": "torch"}[told["RNG"]],
         "--dtype", told["dtype"], "--output", "b.png",
     )  # fmt: skip
     assert Image.open(tmp_path / "b.png") == picture and picture.size == (192, 128)
 
 
-def test_the_text_is_what_the_first_version_wrote(paint, tmp_path):
-    """Other programs, and older versions of this one, read it."""
+def test_the_text_has_the_names_that_other_programs_read(paint, tmp_path):
+    """How older versions of this one wrote them is in test_infotext.py."""
     paint("--prompt", "a tree", "--steps", 2, "--n-images", 2, "--save-every", 1)
     line = "Steps: 2, Sampler: PLMS, CFG scale: 2.0, Seed: {}, Size: 128x128, Model: tiny, "
-    line += "RNG: torch, dtype: float32, Images: {}, Version: sd.py"
+    line += "RNG: CPU, dtype: float32, Images: {}, Version: sd.py"
     assert text_of(tmp_path / "out.png") == "a tree\n" + line.format(42, 1)
     assert text_of(tmp_path / "out-2.png") == "a tree\n" + line.format(43, 1)
     step = text_of(tmp_path / "out-step-001.png")
@@ -123,7 +125,7 @@ def test_the_text_is_what_the_first_version_wrote(paint, tmp_path):
     options += ("--negative-prompt", "b", "--plain-prompt", "--low-memory", "--clip-skip", 2)
     paint(*options, "--steps", 1, "--sampler", "euler-a", "--rng", "numpy", "--output", "c.png")
     assert text_of(tmp_path / "c.png") == (
-        "\nNegative prompt: b\nSteps: 1, Sampler: EULER-A, CFG scale: 2.0, Seed: 42, "
+        "\nNegative prompt: b\nSteps: 1, Sampler: Euler a, CFG scale: 2.0, Seed: 42, "
         "Size: 128x128, Model: tiny, RNG: numpy, dtype: float32, Denoising strength: 1.0, "
         f"Image: {RED_HOUSE}, Mask: mask.png, Clip skip: 2, Words: 'a thing.safetensors', "
         "Plain prompt: True, Low memory: True, Images: 1, Version: sd.py"
@@ -399,7 +401,7 @@ def test_a_picture_is_made_again_from_what_it_says(paint, tmp_path):
     paint("--from-png", "other.png", "--output", "c.png")
     assert Image.open(tmp_path / "c.png").size == (64, 64)
     said = text_of(tmp_path / "c.png")
-    assert all(x in said for x in ("Seed: 5", "Sampler: EULER-A", "RNG: philox"))
+    assert all(x in said for x in ("Seed: 5", "Sampler: Euler a", "RNG: NV"))
 
 
 # %% Messages --------------------------------------------------------------------------------------

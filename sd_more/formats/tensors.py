@@ -51,7 +51,7 @@ NUMPY = {
     "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U64": "<u8", "U32": "<u4", "U16": "<u2",
     "U8": "u1", "BOOL": "?", "C64": "<c8",
 }  # fmt: skip
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 WHOLE = ("I64", "I32", "I16", "I8")
 
 
@@ -84,8 +84,27 @@ class Tensor(NamedTuple):
         array = np.ndarray(self.shape, NUMPY[self.dtype], data, strides=strides)
         if self.dtype == "BF16":  # the upper half of a float32
             return (array.astype("<u4") << 16).view("<f4")
+        if self.dtype == "F8_E5M2":  # the upper half of a float16
+            return (array.astype("<u2") << 8).view("<f2").astype("<f4")
+        if self.dtype == "F8_E4M3":
+            return E4M3[array]
         with np.errstate(all="ignore"):  # what is too large for float32 is found by the caller
             return array.astype("<f4")
+
+
+def e4m3():
+    """The 256 numbers of PyTorch's float8_e4m3fn: no infinities, and NaN where all bits are set.
+    (Micikevicius et al. 2022, arXiv 2209.05433, table 1)
+    """
+    bits = np.arange(256)
+    exponent, fraction = (bits >> 3) & 15, bits & 7
+    normal = np.ldexp(1 + fraction / 8, exponent - 7)
+    size = np.where(exponent == 0, np.ldexp(fraction / 8, -6), normal)
+    size[bits & 127 == 127] = np.nan
+    return np.where(bits < 128, size, -size).astype("<f4")
+
+
+E4M3 = e4m3()
 
 
 @dataclass
@@ -96,6 +115,7 @@ class Contents:
     mentions: set = field(default_factory=set)  # things a pickle wanted imported
     config: dict = field(default_factory=dict)  # a checkpoint's "sd_config"
     metadata: dict = field(default_factory=dict)  # text, from a safetensors header
+    unreadable: dict = field(default_factory=dict)  # names of tensors of unknown kinds: their kind
 
     def __post_init__(self):
         count, longest = len(self.tensors), max(map(len, self.tensors), default=0)

@@ -33,7 +33,7 @@ def read_zip(path):
         members = {member.filename: member for member in archive.infolist()}
         good = len(members) == len(archive.infolist()) <= 200_000
         require(good, "its zip directory has two members of one name, or too many")
-    roots = [name[: -len("data.pkl")] for name in members if re.fullmatch("[^/]+/data.pkl", name)]
+    roots = [name[: -len("data.pkl")] for name in members if re.fullmatch(r"[^/]+/data\.pkl", name)]
     require(len(roots) == 1, "it is a zip archive, but not one that PyTorch made")
     root = roots[0]
     require(root + "constants.pkl" not in members, "it is TorchScript; a state dict is needed")
@@ -116,14 +116,16 @@ def unwrap_state_dict(path, top, starts, mentions):
         good = type(top["string_to_param"]) is dict
         require(good, "its string_to_param is not a plain dict; save it again as one")
         top = {f"string_to_param.{name}": v for name, v in top["string_to_param"].items()}
-    tensors = {}
+    tensors, unreadable = {}, {}
     for name, view in top.items():
+        if type(name) is str and type(view) is Name:
+            unreadable[name] = view.text
         if type(name) is str and type(view) is View:
             storage = view.storage
             start = starts[storage.key] + view.offset * itemsize(storage.dtype)
             tensors[name] = Tensor(path, start, storage.dtype, view.shape, view.strides)
     require(type(config) is dict, "its sd_config is not a dict of numbers")
-    return Contents(tensors, mentions, config)
+    return Contents(tensors, mentions, config, unreadable=unreadable)
 
 
 def check_sums(path):
