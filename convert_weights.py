@@ -105,6 +105,7 @@ class Source:
     files: set = field(default_factory=set)  # all that were read
     metadata: dict = field(default_factory=dict)  # text, from a safetensors header
     unreadable: dict = field(default_factory=dict)  # names of tensors of unknown kinds: their kind
+    names: list = field(default_factory=list)  # what else it is called
 
 
 DAMAGE = (
@@ -186,7 +187,7 @@ def read_source(path, vae_path):
         source.overrides["pool"] = config.get("global_pool_conditions")
         return source
     with blame(path):
-        check_pipeline(path, config)
+        source.names.append(check_pipeline(path, config))
         for folder, part in MODEL.items():
             if (path / folder).is_dir() and not (part == "vae" and vae_path):
                 add_network(source, path / folder, folder, part)
@@ -209,13 +210,17 @@ def read_source(path, vae_path):
 
 
 def check_pipeline(path, config):
+    """-> what the folder was called where it was published; "" if it does not say"""
     if (path / "model_index.json").exists():
-        name = read_json(path / "model_index.json").get("_class_name")
+        index = read_json(path / "model_index.json")
+        name = index.get("_class_name")
         known = type(name) is str and diffusers.PIPELINES.fullmatch(name)
         require(known, f"its _class_name is {short(name)}, expected StableDiffusionPipeline")
-    elif config:
+        return str(index.get("_name_or_path", ""))
+    if config:
         name = short(config.get("_class_name", "one network"))
         raise NotConvertible(f"it is one part of a model ({name}). Give the folder above it")
+    return ""
 
 
 def read_vae_source(path):
@@ -366,8 +371,6 @@ def find_parts(source, vae_source):
             few += f". {len(source.unreadable)} more can't be read here; {short(name)} is a {what}"
             break
         raise NotConvertible(f"it holds no Stable Diffusion. {few}")
-    lacks = "it is a distilled UNet, which lacks layers that all of Stable Diffusion's have"
-    require(unet.find("middle.0.conv1.weight") or unet.find("down.2.0.conv1.weight"), lacks)
     channels = unet.size("down.0.0.weight", 1)
     other = others.CHANNELS.get(channels, "an unknown model")
     other = f"{other} (a UNet of {channels} channels)"
@@ -377,6 +380,8 @@ def find_parts(source, vae_source):
         vae = find_part(vae_source.tensors, "vae")
         require(vae, f"there is no VAE in {vae_source.path}; give another to --vae")
     require(vae, "it has no VAE. Give one with --vae FILE, any checkpoint's will do")
+    lacks = "it is a distilled UNet, which lacks layers that all of Stable Diffusion's have"
+    require(unet.find("middle.0.conv1.weight") or unet.find("down.2.0.conv1.weight"), lacks)
     return unet, text, vae
 
 
@@ -699,7 +704,8 @@ def tell_facts(asked, source):
         if what in source.overrides:
             yield what, source.overrides[what], f"from {source.told_by}"
     yield from tell_yaml(source.path)
-    if re.search(r"(?<![a-z])(sd)?[-_ ]?turbo(?![a-z])", source.path.name.lower()):
+    names = " ".join([source.path.name, *source.names]).lower()
+    if re.search(r"(?<![a-z])(sd)?[-_ ]?turbo(?![a-z])", names):
         for what, value in TURBO.items():
             yield what, value, "its name says Turbo"
 
@@ -733,7 +739,11 @@ def find_facts(asked, source, is_v2, found):
     if "prediction" not in facts:
         facts["prediction"] = guess_prediction(is_v2, found)
     if facts.get("zero_snr", (False,))[0]:
-        if facts["prediction"][0] == "eps":  # from noise alone it could say nothing of x0
+        prediction, who = facts["prediction"]
+        if prediction == "eps":
+            not_used = "where nothing of x0 is left eps can't tell it"
+            require(not asked.get("zero_snr"), f"it predicts eps ({who}), and {not_used}")
+            facts["prediction"] = prediction, f"{who}; zero terminal SNR is not used: {not_used}"
             del facts["zero_snr"]
             return facts
         for what, value in WITH_ZERO_SNR.items():
@@ -1251,12 +1261,23 @@ def report_unused(source, found, unet, vae_source):
 # %% 9. Command line -------------------------------------------------------------------------------
 
 
-def flat_file(path, log):
+def cache_folder():
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "sd.py"
+
+
+def kept_files():
+    """Yield the files in the cache folder that were converted at first use, and their headers."""
+    for path in sorted(cache_folder().glob("*.flat.safetensors")):
+        if "made_from" in (header := sd.read_header(path)):
+            yield path, header
+
+
+def flat_file(path, log, folder=None):
     """What sd.py reads in place of path: made from it before, or now.
 
-    It is kept beside the source, or in the cache folder where that is not writable or the name is
-    taken. It says in its header from which files it was made, with their sizes and times, and is
-    used again only for these.
+    It is kept in the folder, by default beside the source, or in the cache folder where that is not
+    writable or the name is taken. It says in its header from which files it was made, with their
+    sizes and times, and is used again only for these.
     """
     path = Path(os.path.abspath(path))  # a link keeps its own name, and what lies beside it
     files = [path]
@@ -1267,18 +1288,19 @@ def flat_file(path, log):
         files = sorted(f for part in ("*", "*/*") for f in path.glob(part) if f.is_file())
     facts = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     made_from = hashlib.sha256(repr(facts).encode(errors="surrogateescape")).hexdigest()
-    name = name_output(path)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "sd.py"
-    beside, cached = path.parent / name, cache / f"{made_from[:12]}-{name}"
-    clear_stale(beside.parent)
+    name, cache = name_output(path), cache_folder()
+    home, cached = (folder or path.parent) / name, cache / f"{made_from[:12]}-{name}"
+    if not home.parent.is_dir():
+        raise ConversionError(f"there is no folder {home.parent} to keep it in. Make it first.")
+    clear_stale(home.parent)
     clear_stale(cache)
-    for place in (beside, cached):
+    for place in (home, cached):
         if sd.read_header(place).get("made_from") == made_from:
             log(f"using {place}, made from {path.name} before")
             return place
     # Only what was made in this way before may be replaced.
-    free = not os.path.lexists(beside) or "made_from" in sd.read_header(beside)
-    place = beside if free and os.access(path.parent, os.W_OK) else cached
+    free = not os.path.lexists(home) or "made_from" in sd.read_header(home)
+    place = home if free and os.access(home.parent, os.W_OK) else cached
     if place == cached:
         cache.mkdir(parents=True, exist_ok=True)
     return convert(path, place, log=log, made_from=made_from)
@@ -1402,7 +1424,7 @@ def make_parser():
     what = "Turn a Stable Diffusion 1.x or 2.x checkpoint, or a LoRA, a ControlNet or a textual "
     p = argparse.ArgumentParser(description=what + "inversion for one, into the file sd.py reads.")
     forms = "a .ckpt, .safetensors or diffusers folder, or org/name on the Hugging Face hub"
-    p.add_argument("source", metavar="SOURCE", help=forms)
+    p.add_argument("source", metavar="SOURCE", nargs="?", help=forms)
     out = "the file to write (default: SOURCE's name with .flat.safetensors, beside it)"
     p.add_argument("-o", "--output", metavar="OUT", help=out)
     kept = "how exactly to keep the numbers (default: float16, as most models are shared)"
@@ -1418,12 +1440,28 @@ def make_parser():
     p.add_argument("--verify", action="store_true", help=sums)
     info = "convert nothing, only print what SOURCE is; a flat file may be given, too"
     p.add_argument("--info", action="store_true", help=info)
+    p.add_argument("--list", action="store_true", help=f"list what is kept in {cache_folder()}")
+    p.add_argument("--clear", action="store_true", help="delete what is kept there")
     return p
+
+
+def list_kept(clear):
+    for path, header in kept_files():
+        size, source = path.stat().st_size / 1e6, header.get("source", "an unknown file")
+        if clear:
+            path.unlink()
+        tell(f"{'deleted ' if clear else ''}{path}: {size:.0f} MB, from {source}")
 
 
 def main(argv=None):
     with command("convert_weights.py"):
         args = vars(make_parser().parse_args(argv))
+        clear, listed = args.pop("clear"), args.pop("list")
+        if clear or listed:
+            list_kept(clear)
+            return
+        if args["source"] is None:
+            raise ConversionError("give a SOURCE to convert; --help says more.")
         if not args.pop("info"):
             convert(**args)
             return

@@ -182,6 +182,7 @@ class Schedule:
         return 1 / (1 + self.sigma(t) ** 2)
 
     def timesteps(self, spacing, steps):  # of a run, the largest first
+        expect(spacing in SPACINGS, "spacing", spacing, f"one of {', '.join(SPACINGS)}")
         return SPACINGS[spacing](self, steps)
 
     def add_noise(self, x0, eps, t):
@@ -1090,8 +1091,7 @@ class StableDiffusion:
 
     def to_pictures(self, x, task=None, batch=1):
         """Latents (b, h, w, 4) -> list of PIL pictures, for the task x was painted for, batch at a
-        time. Rounded to 8 bits, as in diffusers; the original cuts off.
-        """
+        time. Rounded to 8 bits, as in diffusers; the original cuts off."""
         parts = [np.array(self.decode(part)) for part in mx.split(x, range(batch, len(x), batch))]
         pixels = np.concatenate(parts)
         if not np.isfinite(pixels).all():

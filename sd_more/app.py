@@ -88,6 +88,8 @@ def make_parser():
                         "is left out anyway, and does not count; default 1")
     g.add_argument("--no-safety-check", dest="safety_check", action="store_false",
                    help="show what the model's safety checker, if it has one, would black out")
+    g.add_argument("--converted", type=Path, metavar="FOLDER",
+                   help="where converted files are kept; default beside what they are made of")
     g = p.add_argument_group("memory, and what is saved")
     g.add_argument("--low-memory", action="store_true",
                    help="one network in memory at a time, one picture at a time, the VAE in tiles")
@@ -297,14 +299,17 @@ def choose_habits(args, config):
 
 
 def load_model(args):
-    loras = [(flat_file(path), strength) for path, strength in map(path_and_number, args.lora)]
+    kept = args.converted
+    loras = [
+        (flat_file(path, kept), strength) for path, strength in map(path_and_number, args.lora)
+    ]
     changes = [sd.lora(path, strength) for path, strength in loras]
-    changes += [textual_inversion(flat_file(Path(path))) for path in args.embedding]
+    changes += [textual_inversion(flat_file(Path(path), kept)) for path in args.embedding]
     changes += [] if args.clip_skip is None else [sd.clip_skip(args.clip_skip)]
     # LowMemory reads no weights before they are used, and for tokens none are.
     model = LowMemory if args.low_memory or args.show_tokens else StableDiffusion
     reader = None if args.plain_prompt else read_weighted
-    return model(flat_file(args.model), args.dtype, changes, reader=reader)
+    return model(flat_file(args.model, kept), args.dtype, changes, reader=reader)
 
 
 def make_task(args, config):
@@ -324,7 +329,11 @@ def load_controls(args, model, task):
     size = tuple(task.size(model.config, args.width, args.height))
     for text, image in zip(args.controlnet, args.control_image):
         path, weight = path_and_number(text)
-        yield sd.ControlNet(flat_file(path), model.dtype), load_hint(image, size, path), weight
+        yield (
+            sd.ControlNet(flat_file(path, args.converted), model.dtype),
+            load_hint(image, size, path),
+            weight,
+        )
 
 
 def load_hint(image, size, path):
@@ -337,12 +346,12 @@ def load_hint(image, size, path):
     return picture
 
 
-def flat_file(path):
+def flat_file(path, folder=None):
     """path, or for another program's file what convert_weights.py makes of it, once."""
     ours = sd.read_header(path).get("format", "").startswith("sd.py")
     if ours or not path.exists():  # a path that is not there gets its message from read_flat
         return path
-    return convert_weights.flat_file(path, sd.say)
+    return convert_weights.flat_file(path, sd.say, folder)
 
 
 # %% Painting --------------------------------------------------------------------------------------

@@ -209,12 +209,12 @@ def settle(options, values, ours, given):
     """What takes more than one field, and what others mean where they say nothing."""
     if not ours:
         options.setdefault("rng", "philox")  # AUTOMATIC1111's noise is the GPU's
-    sampler = SAMPLERS.get(options.get("sampler"))
-    if ours and sampler and sampler.spacing == "linspace":  # the first version's was leading
-        options.setdefault("spacing", "leading")
     if read_schedule(values) == "karras":
         name = f"{options.get('sampler')}-karras"
         options |= {"sampler": name} if name in SAMPLERS else {"spacing": "karras"}
+    sampler = SAMPLERS.get(options.get("sampler"))
+    if ours and sampler and sampler.spacing == "linspace":  # the first version's was leading
+        options.setdefault("spacing", "leading")
     enlarged = any(key.startswith("hires") for key in values)
     if "image" not in options and ("image" not in given or enlarged):
         options.pop("strength", None)  # of a step that enlarges, or of a picture not known here

@@ -225,8 +225,10 @@ def make_bench(folder):
         torch.save(value, folder / name)
         torch.save(value, folder / f"old-{name}", _use_new_zipfile_serialization=False)
     ControlNetModel.from_unet(networks[1]).save_pretrained(folder / "control")
-    lora = {f"{layer}.{end}": array for layer in LAYERS for end, array in PARTS.items()}
-    (folder / "lora.safetensors").write_bytes(tensor_file(lora))
+    for kind, parts in RELATIVES.items():
+        lora = {f"{layer}.{end}": array for layer in LAYERS for end, array in parts.items()}
+        (folder / f"{kind}.safetensors").write_bytes(tensor_file(lora))
+    (folder / "model" / "tokenizer" / "added_tokens.json").write_text('{"<cat>": 49408}')
     (folder / "word.safetensors").write_bytes(tensor_file({"cat": np.ones((2, 64), "f4")}))
     for name in ("whole.safetensors", "lora.safetensors", "word.safetensors", "control"):
         target = folder / f"{Path(name).stem}.flat"
@@ -241,8 +243,15 @@ def few(torch):
 BLOCK = "down_blocks_0_attentions_0_transformer_blocks_0"
 LAYERS = (f"lora_unet_{BLOCK}_attn1_to_q", f"lora_unet_{BLOCK}_attn2_to_v",
           "lora_te_text_model_encoder_layers_0_self_attn_q_proj")  # fmt: skip
-PARTS = {"lora_up.weight": np.ones((64, 4), "f4"), "lora_down.weight": np.ones((4, 64), "f4"),
-         "alpha": np.float32(4)}  # fmt: skip
+SIDES = {"a": np.ones((64, 4), "f4"), "b": np.ones((4, 64), "f4")}
+PARTS = {"lora_up.weight": SIDES["a"], "lora_down.weight": SIDES["b"], "alpha": np.float32(4)}
+RELATIVES = {  # the parts of a layer of a LoRA, a LoHa, a LoKr, a DoRA, and a whole difference
+    "lora": PARTS,
+    "loha": {f"hada_w{k}_{side}": array for k in (1, 2) for side, array in SIDES.items()},
+    "lokr": {"lokr_w1": np.ones((8, 8), "f4"), "lokr_w2": np.ones((8, 8), "f4")},
+    "dora": PARTS | {"dora_scale": np.ones((64, 1), "f4")},
+    "diff": {"diff": np.ones((64, 64), "f4"), "diff_b": np.ones(64, "f4")},
+}
 
 
 # %% Formats ---------------------------------------------------------------------------------------
@@ -305,7 +314,8 @@ def safetensors_case(rng, bench, folder):
 
 def tensors_case(name, ending):
     def case(rng, bench, folder):
-        tensors = read_tensors(bench / name)
+        kind = rng.choice(list(RELATIVES)) if name == "lora.safetensors" else "word"
+        tensors = read_tensors(bench / f"{kind}.safetensors")
         metadata = change_json(rng, {"format": "pt", "lora_adapter_metadata": PEFT})
         metadata = metadata if isinstance(metadata, dict) else {}
         metadata = {str(k): v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
@@ -327,7 +337,7 @@ def read_tensors(path):
 
 
 CONFIGS = ("unet/config.json", "vae/config.json", "text_encoder/config.json", "model_index.json",
-           "scheduler/scheduler_config.json", "tokenizer/merges.txt",
+           "scheduler/scheduler_config.json", "tokenizer/merges.txt", "tokenizer/added_tokens.json",
            "unet/diffusion_pytorch_model.safetensors")  # fmt: skip
 
 

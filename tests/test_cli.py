@@ -77,7 +77,7 @@ def test_the_options_of_the_first_version_are_all_there_with_their_defaults():
         "lora": [], "lora_dir": None, "embedding": [], "clip_skip": None, "safety_check": True,
         "dtype": None,
         "low_memory": False, "output": Path("out.png"), "save_every": None, "decode_batch": 1,
-        "show_tokens": False,
+        "show_tokens": False, "converted": None,
     }  # fmt: skip
     assert app.parse(["--words", "a", "--embedding", "b"]).embedding == ["a", "b"]
     assert app.choose_prompts(app.parse([])) == ["a red house on the grass at sunset"]
@@ -126,7 +126,8 @@ def test_the_text_has_the_names_that_other_programs_read(paint, tmp_path):
     paint(*options, "--steps", 1, "--sampler", "euler-a", "--rng", "numpy", "--output", "c.png")
     assert text_of(tmp_path / "c.png") == (
         "\nNegative prompt: b\nSteps: 1, Sampler: Euler a, CFG scale: 2.0, Seed: 42, "
-        "Size: 128x128, Model: tiny, RNG: numpy, dtype: float32, Denoising strength: 1.0, "
+        "Size: 128x128, Model: tiny, RNG: numpy, Spacing: linspace, dtype: float32, "
+        "Denoising strength: 1.0, "
         f"Image: {RED_HOUSE}, Mask: mask.png, Clip skip: 2, Words: 'a thing.safetensors', "
         "Plain prompt: True, Low memory: True, Images: 1, Version: sd.py"
     )

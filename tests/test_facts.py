@@ -131,6 +131,9 @@ def test_a_schedule_that_ends_at_nothing_is_zero_terminal_snr(weights, tmp_path)
     save_file(weights | {"alphas_cumprod": abar}, tmp_path / "b.safetensors")
     config, said, _ = converted(tmp_path / "b.safetensors")  # eps can say nothing at 999
     assert not config.zero_snr and "another noise schedule" in said
+    assert "zero terminal SNR is not used" in said
+    with pytest.raises(ConversionError, match="it predicts eps .* can't tell it"):
+        convert(tmp_path / "b.safetensors", zero_snr=True, log=quiet)
 
 
 def edit(path, **changes):
@@ -150,6 +153,13 @@ def test_a_turbo_folder_paints_in_few_steps(networks, tmp_path):
     assert model.schedule.timesteps(config.spacing, 1) == [999]
     assert model.schedule.timesteps(config.spacing, 4) == [999, 749, 499, 249]
     assert len(list(model.generate_latents("a house", width=64, height=64))) == 4
+
+
+def test_a_folder_from_a_cache_is_known_by_its_published_name(networks, tmp_path):
+    folder = write_folder(tmp_path / "2d7ec0e", networks)
+    assert converted(folder)[0].steps == 50
+    edit(folder / "model_index.json", _name_or_path="stabilityai/sd-turbo")
+    assert converted(folder)[0].steps == 4
 
 
 @pytest.mark.parametrize("given, size", [(60, 512), (64, 512), ([96, 96], 768), (8, 64), (1, 64)])
@@ -260,3 +270,43 @@ def test_a_distilled_unet_is_named(weights, tmp_path):
     save_file(rest, tmp_path / "a.safetensors")
     with pytest.raises(ConversionError, match="it is a distilled UNet"):
         convert(tmp_path / "a.safetensors", log=quiet)
+
+
+# %% Where converted files are ---------------------------------------------------------------------
+
+
+def test_converted_files_are_kept_where_one_wants_listed_and_cleared(
+    weights, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "models").mkdir()
+    (tmp_path / "kept").mkdir()
+    save_file(weights, tmp_path / "models" / "a.safetensors")
+    path, kept = tmp_path / "models" / "a.safetensors", tmp_path / "kept"
+    assert convert_weights.flat_file(path, quiet, kept) == kept / "a.flat.safetensors"
+    assert convert_weights.flat_file(path, quiet, kept) == kept / "a.flat.safetensors"
+    assert len(list((tmp_path / "models").iterdir())) == 1
+    (tmp_path / "models" / "a.flat.safetensors").write_text("mine")  # so it goes to the cache
+    cached = convert_weights.flat_file(path, quiet)
+    assert cached.parent == tmp_path / "cache" / "sd.py"
+    (cached.parent / "mine.flat.safetensors").write_text("mine, too")
+    convert_weights.main(["--list"])
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and str(cached) in said and "from a.safetensors" in said
+    convert_weights.main(["--clear"])
+    assert [path.name for path in cached.parent.iterdir()] == ["mine.flat.safetensors"]
+    assert (kept / "a.flat.safetensors").exists()
+    with pytest.raises(ConversionError, match="no folder .* to keep it in"):
+        convert_weights.flat_file(path, quiet, tmp_path / "nowhere")
+    with pytest.raises(SystemExit):
+        convert_weights.main([])
+    assert "give a SOURCE" in capsys.readouterr().err
+
+
+def test_a_linked_file_is_converted_under_its_own_name(weights, tmp_path):
+    (tmp_path / "blobs").mkdir()
+    save_file(weights, tmp_path / "blobs" / "0f3a")
+    (tmp_path / "house.safetensors").symlink_to(tmp_path / "blobs" / "0f3a")
+    flat = convert_weights.flat_file(tmp_path / "house.safetensors", quiet)
+    assert flat == tmp_path / "house.flat.safetensors"
+    assert sd.read_header(flat)["source"] == "house.safetensors"

@@ -352,7 +352,7 @@ OURS = {  # as write_parameters made them before; the first is from before it ha
             "clip_skip": 2, "lora": ["a b.safetensors:0.5", "c"],
             "embedding": ["a thing.safetensors"], "controlnet": ["edges:0.7"],
             "control_image": ["e.png"], "model": Path("m,x.ckpt"), "plain_prompt": True,
-            "low_memory": True,
+            "low_memory": True, "spacing": "leading",
         },
     ),
     "Karras, philox, a step": (
@@ -390,8 +390,11 @@ def recipe(**options):
     [
         ({}, ("Steps: 5, Sampler: PLMS, CFG scale: 2.0, Seed: 7, Size: 64x64, Model: tiny, "
              "RNG: CPU, Images: 1, Version: sd.py")),
-        ({"sampler": "euler-a", "rng": "philox"}, "Sampler: Euler a, CFG scale: 2.0, "),
-        ({"sampler": "dpm++"}, "Sampler: DPM++ 2M, CFG scale: 2.0, "),
+        (
+            {"sampler": "euler-a", "rng": "philox", "spacing": "linspace"},
+            "Sampler: Euler a, CFG scale: 2.0, ",
+        ),
+        ({"sampler": "dpm++", "spacing": "leading"}, "Sampler: DPM++ 2M, CFG scale: 2.0, "),
         ({"sampler": "dpm++-karras"}, "Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 2.0, "),
         ({"sampler": "euler", "spacing": "karras"}, "Sampler: Euler, Schedule type: Karras, "),
         ({"sampler": "ddim", "spacing": "trailing", "rescale": 0.7}, "CFG rescale: 0.7"),

@@ -101,6 +101,8 @@ def test_a_models_own_habits_are_the_defaults(tiny, monkeypatch):
     told.clear()
     list(model.generate_latents("a red house", steps=1, spacing="leading", cfg=0, sampler="ddim"))
     assert told == [(1, 2)]
+    with pytest.raises(sd.SDError, match="spacing must be one of leading, .*, got odd"):
+        model.generate_latents("a red house", spacing="odd")
     with pytest.raises(sd.SDError, match="steps must be 1 to 999, got 0"):
         model.generate_latents("a red house", steps=0)
 
