@@ -22,7 +22,7 @@ from sd_more.infotext import read_parameters, write_parameters
 from sd_more.low_memory import LowMemory
 from sd_more.noise import GENERATORS
 from sd_more.output import check_output, name_step, save_png
-from sd_more.pictures import grid
+from sd_more.pictures import grey, grid
 from sd_more.prompts import name_unused, read_weighted, show_tokens, without_loras
 from sd_more.safety import SafetyChecker, check_safety, load_checker
 from sd_more.textual_inversion import textual_inversion
@@ -341,7 +341,7 @@ def load_hint(image, size, path):
     inpaint -1, which says that there is a hole. (make_inpaint_condition, in diffusers' ControlNet
     examples)
     """
-    picture, opaque = sd.load_picture(image, *size)
+    picture, opaque = sd.load_picture(grey(sd.open_picture(image)), *size)
     picture[opaque < 0.5] = -1 if "inpaint" in path.name.lower() else 0
     return picture
 

@@ -1,5 +1,6 @@
-"""Several pictures as one."""
+"""Several pictures as one, and pictures of numbers as grey ones."""
 
+import numpy as np
 from PIL import Image
 
 
@@ -11,3 +12,21 @@ def grid(pictures, rows):
     for i, picture in enumerate(pictures):
         sheet.paste(picture, (i % columns * w, i // columns * h))
     return sheet
+
+
+def grey(picture):
+    """A PIL picture of 32-bit numbers, such as a depth map -> one of 8 bits; any other as it is.
+
+    What lies in 0 to 1, to 255 or to 65535 is taken for a part of that, whatever lies elsewhere is
+    spread over all greys. What is no number counts as the lowest.
+    """
+    if picture.mode not in ("F", "I"):
+        return picture
+    numbers = np.asarray(picture, np.float64)
+    finite = numbers[np.isfinite(numbers)]
+    low, high = (finite.min(), finite.max()) if finite.size else (0, 1)
+    whole = (1, 255, 65535) if picture.mode == "F" else (65535,)
+    top = next((top for top in whole if 0 <= low and high <= top), None)
+    low, high = (low, high) if top is None else (0, top)
+    numbers = np.where(np.isfinite(numbers), numbers, low)
+    return Image.fromarray(np.uint8((numbers - low) / max(high - low, 1e-30) * 255 + 0.5))

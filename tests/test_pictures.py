@@ -8,6 +8,7 @@ from PIL import Image
 
 import sd
 from sd_more import app
+from sd_more.pictures import grey
 
 
 def square(mode, inside, outside, size=64):
@@ -49,3 +50,31 @@ def test_a_hole_in_a_hint_is_one_only_for_those_that_paint_into_holes(tmp_path, 
     square("RGB", (255, 0, 0), (0, 255, 0)).save(tmp_path / "b.png")
     hint = app.load_hint(tmp_path / "b.png", (64, 64), Path(name))
     assert (hint[:, 32:] == (0, 1, 0)).all()
+
+
+RAMP = np.linspace(0, 1, 64 * 64).reshape(64, 64)
+DEPTHS = {  # one depth map, in numbers of many kinds
+    "8 bits": np.uint8(RAMP * 255 + 0.5),
+    "16 bits": np.uint16(RAMP * 65535),
+    "32 bits, like 16": np.int32(RAMP * 65535),
+    "32 bits": np.int32(RAMP * 2_000_000_000 - 1_000_000_000),
+    "0 to 1": np.float32(RAMP),
+    "0 to 255": np.float32(RAMP * 255),
+    "0 to 65535": np.float32(RAMP * 65535),
+    "metres": np.float32(RAMP * 80_000 + 3),
+    "negative": np.float32(RAMP - 1),
+}
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+def test_a_depth_map_of_any_numbers_is_the_same_hint(tmp_path, name):
+    image = Image.fromarray(DEPTHS[name])
+    image.save(tmp_path / "depth.tiff")
+    hint = app.load_hint(tmp_path / "depth.tiff", (64, 64), Path("depth.pth"))
+    assert abs(hint - RAMP[:, :, None]).max() <= 1.01 / 255
+
+
+@pytest.mark.parametrize("numbers", [[np.nan, 0, 1], [np.inf, -np.inf, np.nan], [7, 7, 7]])
+def test_what_is_no_depth_ends_in_a_picture(numbers):
+    picture = grey(Image.fromarray(np.float32([numbers])))
+    assert picture.mode == "L" and picture.size == (3, 1)
