@@ -1381,7 +1381,7 @@ def check_options(prompt, negative_prompt, seed, steps, cfg, sampler, width, hei
         ("steps", steps, isinstance(steps, integer) and 1 <= steps <= 999, "1 to 999"),
         ("n_images", n_images, isinstance(n_images, integer) and 1 <= n_images <= 999, "1 to 999"),
         ("cfg", cfg, isinstance(cfg, number) and math.isfinite(cfg), "a finite number"),
-        ("sampler", sampler, sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}"),
+        ("sampler", sampler, sampler in [*SAMPLERS], f"one of {', '.join(SAMPLERS)}"),
     ):
         expect(good, name, value, rule)
     for name, n in (("width", width), ("height", height)):  # 8 pixels a latent, halved three times

@@ -295,7 +295,10 @@ def choose_habits(args, config):
     if unusual and args.model != sd.TINY:
         few = ", ".join(f"{name} {value}" for name, value in unusual.items())
         sd.say_once(f"the model's own {few}.")
-    return {name: vars(args)[name] for name in HABITS} | own
+    habits = {name: vars(args)[name] for name in HABITS} | own
+    steps, sampler, cfg = (habits[name] for name in ("steps", "sampler", "cfg"))
+    sd.check_options("", "", args.seed, steps, cfg, sampler, 64, 64, args.n_images)
+    return habits
 
 
 def load_model(args):

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 import convert_weights
 import sd
 from convert_weights import ConversionError, convert, tell_facts
+from sd_more import app
 from sd_more.safety import load_checker
 from tests.reference import quiet, write_file, write_folder
 
@@ -187,6 +188,25 @@ def test_a_folders_added_words_are_words(networks, tmp_path):
     assert "1 more words: <cat-toy>" in said
     model = sd.StableDiffusion(tmp_path / "model.flat.safetensors")
     assert model.tokenizer.encode("a <cat-toy> here")[1:4] == [320, 49408, 763]
+
+
+ODD_HABITS = [
+    {"steps": 0}, {"steps": 10**9}, {"steps": "x"}, {"steps": None}, {"sampler": "unipc"},
+    {"sampler": []}, {"sampler": {}}, {"spacing": "odd"}, {"spacing": []}, {"rescale": 2},
+    {"rescale": "x"}, {"rescale": float("nan")}, {"habit": 1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("habits", ODD_HABITS, ids=str)
+def test_odd_habits_of_a_file_are_refused(small, tmp_path, capsys, habits):
+    """When it is loaded, or when it is to paint; by the command line, too."""
+    path = write_file(tmp_path / "odd.safetensors", small[1] | habits, small[2])
+    with pytest.raises(sd.SDError, match=f"{next(iter(habits))}|habit"):
+        sd.StableDiffusion(path).txt2img("a house", width=64, height=64)
+    with pytest.raises(SystemExit) as stop:
+        app.main(["--model", str(path), "--output", str(tmp_path / "a.png")])
+    assert stop.value.code == 2 and "Traceback" not in capsys.readouterr().err
+    assert not (tmp_path / "a.png").exists()
 
 
 @pytest.mark.parametrize(
