@@ -661,3 +661,13 @@ def test_a_checker_and_a_word_with_odd_shapes_are_refused(tiny, small, tmp_path)
             textual_inversion(path)(
                 tiny.config, {"text_encoder.token_embedding.weight": np.zeros((9, 40))}
             )
+
+
+@pytest.mark.parametrize("count, length", [(20_001, 8), (1, 301), (20_000, 300)])
+def test_a_file_of_many_or_long_names_is_read_or_refused_soon(tmp_path, soon, count, length):
+    names = [f"lora_unet_{i}".ljust(length, ".") for i in range(count)]
+    data = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps(dict.fromkeys(names, data)).encode()
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(ConversionError, match="far more than|name of 301|belong|known|has only"):
+        convert(tmp_path / "a.safetensors", log=quiet)

@@ -25,7 +25,7 @@ def require(good, problem):
 # %% Files -----------------------------------------------------------------------------------------
 
 MOST_BYTES = 16 << 20  # of what describes tensors: a header, a directory, a pickle; 1 MB is usual
-MOST_TENSORS = 50_000  # a whole training checkpoint has some 5,000
+MOST_TENSORS = 20_000  # a whole training checkpoint has some 5,000
 
 
 def open_file(path):
@@ -120,4 +120,4 @@ class Contents:
     def __post_init__(self):
         count, longest = len(self.tensors), max(map(len, self.tensors), default=0)
         require(count <= MOST_TENSORS, f"it has {count} tensors, far more than any model here")
-        require(longest <= 1000, f"it has a tensor's name of {longest} characters")
+        require(longest <= 300, f"it has a tensor's name of {longest} characters")
