@@ -1590,12 +1590,12 @@ SAMPLERS["euler"] = Sampler(sample_euler, "linspace")
 
 
 # %% 12. LoRA, clip skip ---------------------------------------------------------------------------
-# What changes a model when it is loaded: functions that take and give (config, {name: array}), for
-# StableDiffusion(changes=[...]). None of it costs time when painting. A LoRA [12] adds to a matrix
-# strength up @ down, of thin ones, up (o, r) and down (r, c), r 4 to 128, alpha / r within up. A
-# convolution's down is (r, k, k, c), read as (r, k k c), or it is split: down (m, c) and middle (r,
-# 3, 3, m). Others hold the whole change, diff. DoRA gives the changed rows, or columns, the lengths
-# m, its magnitude (2402.09353, eq. 5). Clip skip leaves out the text model's last layers.
+# What changes a model when it is loaded: functions from and to (config, {name: array}), for
+# StableDiffusion(changes=[...]). A LoRA [12] adds a product of two thin matrices to a large one,
+# W + strength up @ down, with up (o, r), down (r, c) and r from 4 to 128; alpha / r is in up. A
+# convolution's down is (r, k, k, c), read as (r, k k c), or split: down (m, c), middle (r, 3, 3,
+# m). Others hold the whole change, diff. DoRA gives the rows, or columns, of the sum the lengths m,
+# its magnitude (2402.09353, eq. 5). Clip skip leaves out the text model's last layers.
 
 
 def lora(path, strength=1.0):
