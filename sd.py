@@ -236,7 +236,7 @@ def byte_characters():
 
 class Tokenizer:
     """CLIP's byte pair encoding. merges: text, one merge per line; pad: the id to fill up with;
-    words: {word: its ids}, for words that were loaded with vectors of their own (section 12).
+    words: {word: its ids}, for words with vectors of their own (textual inversion).
     """
 
     def __init__(self, merges, pad=END, words=None):
@@ -918,9 +918,9 @@ class StableDiffusion:
 
     path: a flat file (default: the miniature). dtype: what the text model and the UNet compute in,
     of DTYPES; default float16 on a GPU, float32 on a CPU. The VAE, whose numbers outgrow float16 in
-    some models, has float32. changes: section 12's, in any order. fast: see section 9. reader: a
-    function (sd, sentences) -> context, to read prompts otherwise than CLIP does; 77 may become a
-    multiple then. Here and in all methods, what the user can fix raises SDError.
+    some models, has float32. changes: section 12's; only a DoRA's place among them matters. fast:
+    see section 9. reader: a function (sd, sentences) -> context, to read prompts otherwise than as
+    CLIP does; 77 may grow to a multiple. Everywhere here what the user can fix raises SDError.
     """
 
     def __init__(self, path=TINY, dtype=None, changes=(), *, fast=True, reader=None):
@@ -1160,7 +1160,7 @@ class Config:
     spacing: str | None = None  # the sampler's
     rescale: float = 0
     zero_snr: bool = False
-    words: dict = field(default_factory=dict)  # loaded words (section 12); not in the file
+    words: dict = field(default_factory=dict)  # words with ids of their own, as Tokenizer has them
 
     def check(self):
         """SDError for numbers that would fail later, or paint something wrong in silence."""
@@ -1703,9 +1703,9 @@ OPTIONS = (  # name, type, default, what it means
     ("--prompt", str, "a red house on the grass at sunset", "what to paint"),
     ("--negative-prompt", str, "", "what to keep away from, where --cfg is not 1; default nothing"),
     ("--seed", int, 42, "which noise to start from"),
-    ("--steps", int, None, "from noise to picture, a UNet call each, with PLMS one more; or 50"),
+    ("--steps", int, None, "UNet calls, with PLMS one more; default the model's own, or 50"),
     ("--cfg", float, None, "how far to follow the prompt, 1 for no guidance; default the model's"),
-    ("--sampler", str, None, "how to get from noise to picture: SAMPLERS; default plms"),
+    ("--sampler", str, None, "how to get there: SAMPLERS; default the model's own, or plms"),
     ("--width", int, None, "in pixels, a multiple of 64; default what the model was trained on"),
     ("--height", int, None, "likewise"),
     ("--n-images", int, 1, "how many; the second has seed + 1, and so on"),

@@ -49,7 +49,7 @@ class Name(NamedTuple):
 
 
 class Storage(NamedTuple):
-    key: str  # the name of its bytes in the file, see section 3
+    key: str  # the name of its bytes in the file, see torch_files.py
     dtype: str
     count: int
 
