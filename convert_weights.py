@@ -53,11 +53,12 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 import sd
-from sd_more.formats import diffusers, hub, lora, others
+from sd_more.formats import diffusers, guidance, hub, lora, others
 from sd_more.formats.tensor_files import read_safetensors
 from sd_more.formats.tensors import (
     FLOATS,
     NUMPY,
+    Computed,
     NotConvertible,
     Tensor,
     itemsize,
@@ -200,7 +201,9 @@ def read_source(path, vae_path):
         v = config.get("prediction_type") == "v_prediction"
         source.overrides["prediction"] = "v" if v else "eps"
         # leading and linspace count only for the sampler of that folder; the user chooses one.
-        if config.get("timestep_spacing") == "trailing":
+        if config.get("_class_name") == "LCMScheduler":
+            source.overrides |= FEW_STEPS
+        elif config.get("timestep_spacing") == "trailing":
             source.overrides["spacing"] = "trailing"
         if config.get("rescale_betas_zero_snr") is True:
             source.overrides["zero_snr"] = True
@@ -544,11 +547,26 @@ def match(specs, tensors, unreadable=()):
             wrong.append(f"{name} is of type {tensor.dtype}, expected {', '.join(FLOATS)}")
         elif tensor.shape != shape and not (len(shape) == 2 and tensor.shape == (*shape, 1, 1)):
             wrong.append(f"{name} is {tensor.shape}, expected {shape}")
-        found.append(Found(spec, name, tensor))
+        found.append(Found(spec._replace(factor=read_factor(name, tensors)), name, tensor))
     first = "; ".join(short(line, 160) for line in missing[:3] + wrong[:3])
     counts = f"{len(missing)} of {len(specs)} tensors are missing, {len(wrong)} are not as expected"
     require(not missing + wrong, f"{counts}. First: {first}")
     return found
+
+
+SCALES = ("scale_weight", "weight_scale")  # of weights in 8 bits, as ComfyUI writes them
+
+
+def read_factor(name, tensors):
+    """The number that all of a tensor is to be multiplied by; 1 where the file has none for it."""
+    layer, _, leaf = name.rpartition(".")
+    for scale in (f"{layer}.{scale}" for scale in SCALES):
+        if leaf == "weight" and scale in tensors and tensors[name].dtype.startswith("F8"):
+            shape, dtype = tensors[scale].shape, tensors[scale].dtype
+            good = math.prod(shape) == 1 and dtype in FLOATS
+            require(good, f"{scale} is {shape}, {dtype}, expected one number")
+            return tensors[scale].float32().item()
+    return 1.0
 
 
 def slice_qkv(tensor, index):
@@ -682,6 +700,7 @@ YAML = (  # a line of the original's or another program's config beside a file
     (r"(rescale_betas_zero_snr|zero_terminal_snr|zsnr):[ \t]*[Tt]rue", "zero_snr", True),
 )
 TURBO = {"prediction": "eps", "spacing": "trailing", "sampler": "euler", "steps": 4, "cfg": 1.0}
+FEW_STEPS = {"sampler": "lcm", "steps": 4, "cfg": 1.0}  # latent consistency models
 WITH_ZERO_SNR = {"spacing": "trailing", "sampler": "ddim", "rescale": 0.7}  # as its authors have it
 
 
@@ -708,6 +727,9 @@ def tell_facts(asked, source):
     if re.search(r"(?<![a-z])(sd)?[-_ ]?turbo(?![a-z])", names):
         for what, value in TURBO.items():
             yield what, value, "its name says Turbo"
+    if any(layer + ".weight" in name for name in source.tensors for layer in guidance.LAYERS):
+        for what, value in FEW_STEPS.items():
+            yield what, value, "it has learned guidance"
 
 
 def tell_yaml(path):
@@ -800,7 +822,8 @@ CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 def write(file, found, dtype, merges, metadata):
     file.write(make_header(found, dtype, merges, metadata))
-    file.writelines(make_array(spec, tensor, dtype) for spec, _, tensor in found)
+    broken = []  # of the VAE's encoder, without which a model can still paint
+    file.writelines(make_array(spec, tensor, dtype, broken) for spec, _, tensor in found)
     file.write(merges)
 
 
@@ -820,7 +843,7 @@ def make_header(found, dtype, merges, metadata):
     return struct.pack("<Q", len(text)) + text
 
 
-def make_array(spec, tensor, dtype):
+def make_array(spec, tensor, dtype, may_be_broken):
     with np.errstate(all="ignore"):  # what is not finite is found below
         array = tensor.float32().reshape(spec.shape) * np.float32(spec.factor)
     if array.ndim == 4:
@@ -831,6 +854,12 @@ def make_array(spec, tensor, dtype):
     bits = result & 0x7F80 if dtype == "bfloat16" else None  # all of the exponent's are set
     good = np.isfinite(result).all() if bits is None else (bits != 0x7F80).all()
     broken = not good and not np.isfinite(array).all()
+    if broken and spec.flat.startswith(("vae.encoder", "vae.quant.")):
+        sd.say_once(f"{spec.flat} holds infinities or NaNs: pictures can't be started from.")
+        may_be_broken.append(spec)
+        return result
+    if may_be_broken and spec.flat == "vae.quant.bias":  # its last, and added, so all becomes NaN:
+        return np.full_like(result, 0x7FC0 if dtype == "bfloat16" else np.nan)  # 16 bits may not
     require(not broken, f"{spec.flat} holds infinities or NaNs; its weights are broken")
     other = f"numbers too large for {dtype}: take --dtype bfloat16 or float32"
     require(good, f"{spec.flat} has {other}")
@@ -888,6 +917,7 @@ def plan_model(source, vae_source, asked):
     odd = source.unreadable
     found = match(make_specs("unet", networks["unet"], unet), unet.tensors, odd)
     found += match(make_specs("text_encoder", networks["text_encoder"], text), text.tensors, odd)
+    found = fold_guidance(found, unet)
     if vision := find_part(source.tensors, "vision"):
         found += match(make_safety_specs(vision, **config["safety"]), vision.tensors)
     with blame((vae_source or source).path):
@@ -911,6 +941,22 @@ def plan_model(source, vae_source, asked):
     plan = Plan(f"{name}, because {why}", config, found, notes, report, merges)
     plan.format = sd.FORMATS[bool(config.keys() & {*NEW, "words"})]
     return plan
+
+
+def fold_guidance(found, unet):
+    """The tensors of a UNet, made into those of an ordinary one where it has learned guidance."""
+    name = f"{unet.prefix}{guidance.LAYERS[unet.layout == DIFFUSERS]}.weight"
+    guide = unet.tensors.get(name)
+    if guide is None:
+        return found
+    each = {one.spec.flat: one for one in found}
+    bias, time1 = (each[f"unet.time1.{leaf}"] for leaf in ("bias", "weight"))
+    good = len(guide.shape) == 2 and guide.shape[0] == time1.spec.shape[1] and guide.shape[1] > 1
+    require(good and guide.dtype in FLOATS, f"{name} is {guide.shape}, of type {guide.dtype}")
+    parts = {"bias": bias.tensor, "time1": time1.tensor, "guide": guide}
+    computed = Computed(bias.tensor.path, guidance.usual_bias, parts)
+    each[bias.spec.flat] = bias._replace(tensor=computed)
+    return [*each.values(), Found(TensorSpec(guidance.NAME, guide.shape), name, guide)]
 
 
 def make_safety_specs(vision, width, layers, heads, projection):
@@ -985,7 +1031,7 @@ def plan_lora(source):
     layers, rest = lora.group(source.tensors)
     scales, known = lora.read_peft_scales(read_peft_config(source)), name_lora_layers()
     for layer, names in layers.items():
-        there = {"diff_b": "bias"}  # and all other parts need a weight
+        there = {"diff_b": "bias", "up_bias": "bias"}  # and all other parts need a weight
         strange = [part for part in names if there.get(part, "weight") not in known.get(layer, ())]
         rest += [names.pop(part) for part in strange]
     layers = {layer: names for layer, names in sorted(layers.items()) if names}
@@ -1076,6 +1122,7 @@ NOT_NEEDED = (  # what it is, how its name begins
     ("noise schedule", r"(betas|alphas_cumprod|sqrt_|log_one_minus_|posterior_|lvlb_weights)"),
     ("noise schedule", r"(denoiser\.|logvar$|scale_factor$|v_pred$|ztsnr$)"),
     ("position numbers", r".*position_ids$"),
+    ("scales of 8 bits", r".*[._](scaled_fp8|comfy_quant|scale_(weight|input)|\w+_scale)$"),
     ("training losses", r"(first_stage_model\.)?loss\.|embedding_manager\."),
     ("the text encoder's unread end", r".*\.model\.transformer\.resblocks\.23\."),
     ("the text encoder's unread end", r".*\.model\.(text_projection|logit_scale|attn_mask)"),

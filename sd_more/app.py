@@ -18,6 +18,7 @@ import sd
 import sd_more.samplers  # noqa: F401  it adds samplers to sd.SAMPLERS
 from sd import ImageToImage, SDError, StableDiffusion, TextToImage, expect
 from sd_more.batch import count_processes, read_prompts, share_of_this_process
+from sd_more.guidance import USUAL, guided, has_guidance
 from sd_more.infotext import read_parameters, write_parameters
 from sd_more.low_memory import LowMemory
 from sd_more.noise import GENERATORS
@@ -112,7 +113,7 @@ def parse(argv):
         repeated = {name: [] for name, value in given.items() if isinstance(value, list)}
         parser.set_defaults(**read_parameters(args.from_png, given) | repeated)
         args = parser.parse_args(argv)
-    args.given = sorted(given)
+    args.given, args.guidance = sorted(given), None
     return args
 
 
@@ -303,16 +304,20 @@ def choose_habits(args, config):
 
 def load_model(args):
     kept = args.converted
+    path = flat_file(args.model, kept)
     loras = [
         (flat_file(path, kept), strength) for path, strength in map(path_and_number, args.lora)
     ]
     changes = [sd.lora(path, strength) for path, strength in loras]
     changes += [textual_inversion(flat_file(Path(path), kept)) for path in args.embedding]
     changes += [] if args.clip_skip is None else [sd.clip_skip(args.clip_skip)]
+    if has_guidance(path):  # then --cfg is what it is told, and there is no second answer
+        args.guidance, args.cfg = USUAL if args.cfg is None else args.cfg, 1.0
+        changes += [guided(args.guidance)]
     # LowMemory reads no weights before they are used, and for tokens none are.
     model = LowMemory if args.low_memory or args.show_tokens else StableDiffusion
     reader = None if args.plain_prompt else read_weighted
-    return model(flat_file(args.model, kept), args.dtype, changes, reader=reader)
+    return model(path, args.dtype, changes, reader=reader)
 
 
 def make_task(args, config):
@@ -437,6 +442,7 @@ def make_painter(args):
     model, task, sampling = prepare(args)
     recipe = vars(args) | {
         **{name: sampling[name] for name in HABITS},
+        "cfg": sampling["cfg"] if args.guidance is None else args.guidance,
         "spacing": sampling["spacing"] or name_spacing(sampling["sampler"]),
         "dtype": str(model.dtype).removeprefix("mlx.core."),
         "strength": task.strength if isinstance(task, ImageToImage) else None,

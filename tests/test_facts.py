@@ -2,17 +2,22 @@
 
 import json
 
+import diffusers
+import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 import convert_weights
 import sd
 from convert_weights import ConversionError, convert, tell_facts
 from sd_more import app
+from sd_more.guidance import guided
 from sd_more.safety import load_checker
-from tests.reference import quiet, write_file, write_folder
+from test_sd import BETAS
+from tests.reference import assert_close, checked, quiet, write_file, write_folder
 
 
 def source(tmp_path, name="a.safetensors", tensors=(), **more):
@@ -290,6 +295,117 @@ def test_a_distilled_unet_is_named(weights, tmp_path):
     save_file(rest, tmp_path / "a.safetensors")
     with pytest.raises(ConversionError, match="it is a distilled UNet"):
         convert(tmp_path / "a.safetensors", log=quiet)
+
+
+SCALES = ("scale_weight", "weight_scale")
+
+
+@pytest.mark.parametrize("end", SCALES)
+def test_8_bits_with_a_scale_are_multiplied_by_it(weights, flat, tmp_path, end):
+    """As ComfyUI writes them: a weight over its largest number, times 448, and a number beside."""
+    eight = {}
+    for name, tensor in weights.items():
+        if tensor.ndim > 1 and name.endswith(".weight") and "embedding" not in name:
+            scale = tensor.abs().max() / 448
+            eight[name] = (tensor / scale).to(torch.float8_e4m3fn)
+            eight[name.removesuffix("weight") + end] = scale
+            eight[name.removesuffix("weight") + "scale_input"] = torch.ones(())
+        else:
+            eight[name] = tensor
+    eight["model.diffusion_model.scaled_fp8"] = torch.zeros(2).to(torch.float8_e4m3fn)
+    save_file(eight, tmp_path / "a.safetensors")
+    said = []
+    _, ours = sd.read_flat(convert(tmp_path / "a.safetensors", dtype="float32", log=said.append))
+    for name, tensor in flat.items():
+        if tensor.ndim > 1:  # three bits of fraction: half of 1/8 at most, and 2^-10 of 448 below
+            error = np.abs(np.array(ours[name]) - tensor.numpy())
+            most = np.abs(tensor.numpy()).max()
+            assert (error <= np.abs(tensor.numpy()) / 16 + most * 2**-10 / 448 * 1.01).all(), name
+    assert "(scales of 8 bits)" in "".join(said) and "unknown" not in "".join(said)
+
+
+def test_a_scale_that_is_none_is_refused(weights, tmp_path):
+    name = "model.diffusion_model.out.2.weight"
+    odd = {name: weights[name].to(torch.float8_e4m3fn)}
+    odd[name.removesuffix("weight") + "scale_weight"] = torch.ones(4, 1)
+    save_file(weights | odd, tmp_path / "a.safetensors")
+    with pytest.raises(ConversionError, match=r"out.2.scale_weight is \(4, 1\), F32, expected one"):
+        convert(tmp_path / "a.safetensors", log=quiet)
+
+
+def test_a_broken_encoder_is_a_warning_and_anything_else_an_error(weights, tmp_path, capsys):
+    """The VAE's encoder is for pictures to start from; some published models have NaNs there."""
+    for name, good in (("encoder.conv_in", True), ("decoder.conv_in", False)):
+        name = f"first_stage_model.{name}.weight"
+        broken = {name: torch.full_like(weights[name], torch.nan)}
+        save_file(weights | broken, tmp_path / "a.safetensors")
+        if not good:
+            with pytest.raises(ConversionError, match="its weights are broken"):
+                convert(tmp_path / "a.safetensors", log=quiet)
+            continue
+        sd.say_once.cache_clear()
+        model = sd.StableDiffusion(convert(tmp_path / "a.safetensors", log=quiet))
+        assert "vae.encoder.0.weight holds infinities or NaNs: pictures" in capsys.readouterr().err
+        options = {"steps": 1, "cfg": 1, "sampler": "ddim"}
+        assert model.txt2img("a house", width=64, height=64, **options)
+        with pytest.raises(sd.SDError, match="not a number"):
+            model.img2img(
+                "a house", model.txt2img("", width=64, height=64, **options)[0], 1.0, **options
+            )
+
+
+# %% Models that have learned guidance -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def consistent(networks, tmp_path_factory):
+    """-> a latent consistency model's folder, with random weights, as diffusers writes it"""
+    vae, _, text = networks
+    torch.manual_seed(3)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(64, 64, 128, 128), attention_head_dim=8,
+        cross_attention_dim=64, time_cond_proj_dim=32,
+    )  # fmt: skip
+    folder = write_folder(tmp_path_factory.mktemp("lcm") / "lcm", (vae, unet.eval(), text))
+    index = {"_class_name": "LatentConsistencyModelPipeline"}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    scheduler = diffusers.LCMScheduler(**BETAS, original_inference_steps=50)
+    scheduler.save_pretrained(folder / "scheduler")
+    return folder, unet
+
+
+@pytest.mark.parametrize("cfg", [None, 1.0, 3.5, 12.0])
+def test_learned_guidance_is_that_of_diffusers(consistent, tmp_path, cfg):
+    folder, unet = consistent
+    flat = convert(folder, tmp_path / "a.safetensors", dtype="float32", log=quiet)
+    config = sd.read_flat(flat)[0]
+    assert (config.sampler, config.steps, config.cfg) == ("lcm", 4, 1.0)
+    model = sd.StableDiffusion(flat, changes=[] if cfg is None else [guided(cfg)])
+    x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 64)
+    w = torch.full((2,), (cfg or 8.5) - 1)
+    embed = diffusers.LatentConsistencyModelPipeline.get_guidance_scale_embedding
+    told = embed(None, w, embedding_dim=32)
+    truth = unet(x, 499, context, timestep_cond=told).sample.permute(0, 2, 3, 1)
+    ours = model.predict(
+        mx.array(x.permute(0, 2, 3, 1).numpy()), 499, sd.Condition(mx.array(context.numpy()))
+    )
+    checked("a UNet that has learned guidance", "diffusers", assert_close(ours, truth, 1e-5))
+    blind = unet(x, 499, context).sample.permute(0, 2, 3, 1)
+    assert np.abs(np.array(ours) - blind.numpy()).max() > 1e-3 * np.abs(truth.numpy()).max()
+
+
+def test_the_command_line_tells_it_cfg(consistent, tmp_path, capsys):
+    folder, _ = consistent
+    options = ["--model", str(folder), "--prompt", "a house", "--output", str(tmp_path / "a.png")]
+    options += ["--converted", str(tmp_path)]
+    for more in ([], ["--cfg", "8.5"], ["--cfg", "2"], ["--from-png", str(tmp_path / "a-3.png")]):
+        app.main([*options, *more])
+    assert "the model's own steps 4, sampler lcm" in capsys.readouterr().err
+    a, same, b, again = (Image.open(tmp_path / f"a{end}.png") for end in ("", "-2", "-3", "-4"))
+    assert a.size == (64, 64) and "CFG scale: 8.5" in a.text["parameters"]
+    assert a.tobytes() == same.tobytes() != b.tobytes() == again.tobytes()
+    with pytest.raises(sd.SDError, match="has not learned guidance"):
+        sd.StableDiffusion(changes=[guided()])
 
 
 # %% Where converted files are ---------------------------------------------------------------------

@@ -61,11 +61,16 @@ def plain(name):
 
 # %% PEFT ------------------------------------------------------------------------------------------
 
+WITH_BIAS = ["to_out.0", "proj_in", "time_emb_proj", "out_proj", "fc1"]
 ODD = {"rank_pattern": {"to_q": 3, "q_proj": 3}, "alpha_pattern": {"to_q": 7, "fc1": 5}}
 PEFT = {
     "LoRA": (peft.LoraConfig, {"r": 4, "lora_alpha": 6}),
     "rsLoRA": (peft.LoraConfig, {"r": 4, "lora_alpha": 6, "use_rslora": True, **ODD}),
     "LoRA, patterns": (peft.LoraConfig, {"r": 4, "lora_alpha": 6, **ODD}),
+    "LoRA, biases": (
+        peft.LoraConfig,
+        {"r": 4, "lora_alpha": 6, "lora_bias": True, "target_modules": WITH_BIAS},
+    ),
     "DoRA": (peft.LoraConfig, {"r": 4, "lora_alpha": 6, "use_dora": True}),
     "LoHa": (peft.LoHaConfig, {"r": 4, "alpha": 6}),
     "LoHa, patterns": (peft.LoHaConfig, {"r": 4, "alpha": 6, **ODD}),
@@ -86,7 +91,7 @@ def adapted(request, tiny_pipeline):
     models = {}
     for name, layers in (("unet", UNET), ("text_encoder", TEXT)):
         model = copy.deepcopy(getattr(tiny_pipeline, name))
-        config = make(target_modules=layers, **{start: False}, **copy.deepcopy(options))
+        config = make(**{"target_modules": layers, start: False, **copy.deepcopy(options)})
         models[name] = peft.get_peft_model(model, config)
         for key, parameter in models[name].named_parameters():
             if "magnitude" in key:
@@ -311,6 +316,23 @@ def test_a111s_scale_takes_the_place_of_alpha(tmp_path):
     tensors |= {f"{KOHYA}.alpha": torch.tensor(9.0), f"{KOHYA}.scale": torch.tensor(0.25)}
     flat = load_file(written(tensors, tmp_path))
     assert torch.equal(next(t for n, t in flat.items() if n.endswith("up")), up / 4)
+
+
+def test_lycoris_scalar_multiplies_whatever_alpha_says(tmp_path):
+    up, down = torch.ones(32, 4), torch.ones(4, 32)
+    tensors = {f"{KOHYA}.lora_up.weight": up, f"{KOHYA}.lora_down.weight": down}
+    for alpha, factor in ((None, 0.5), (2.0, 0.25)):
+        tensors |= {} if alpha is None else {f"{KOHYA}.alpha": torch.tensor(alpha)}
+        flat = load_file(written(tensors | {f"{KOHYA}.scalar": torch.tensor(0.5)}, tmp_path))
+        assert torch.equal(next(t for n, t in flat.items() if n.endswith("up")), factor * up)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_lora_may_be_kept_in_eight_bits(tmp_path, dtype):
+    up, down = random(32, 4).to(dtype), random(4, 32).to(dtype)
+    tensors = {f"{KOHYA}.lora_up.weight": up, f"{KOHYA}.lora_down.weight": down}
+    flat = load_file(written(tensors, tmp_path))
+    assert torch.equal(next(t for n, t in flat.items() if n.endswith("up")), up.float())
 
 
 def test_a_convolutions_down_may_be_a_matrix(tmp_path):

@@ -24,7 +24,7 @@ EXPECTED = {  # a tuple: one of these
         "mid_block_only_cross_attention": False, "dual_cross_attention": False,
         "cross_attention_norm": None, "attention_type": "default",
         "reverse_transformer_layers_per_block": None, "center_input_sample": False,
-        "time_embedding_type": "positional", "time_embedding_dim": None, "time_cond_proj_dim": None,
+        "time_embedding_type": "positional", "time_embedding_dim": None,
         "time_embedding_act_fn": None, "timestep_post_act": None, "class_embeddings_concat": False,
         "encoder_hid_dim_type": None, "resnet_skip_time_act": False, "resnet_out_scale_factor": 1,
     },
@@ -67,7 +67,10 @@ NUMBERS = {  # that no tensor's shape shows: the field that holds each, its clas
         "activation": ("hidden_act", "quick_gelu"),
     },
 }  # fmt: skip
-PIPELINES = re.compile("StableDiffusion(Img2Img|Inpaint|ControlNet)?Pipeline(Legacy|Safe)?")
+PIPELINES = re.compile(
+    "StableDiffusion(Img2Img|Inpaint|ControlNet)?Pipeline(Legacy|Safe)?"
+    "|LatentConsistencyModel(Img2Img)?Pipeline"
+)
 
 NETWORK = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 CLIP = ("model.safetensors", "pytorch_model.bin")

@@ -25,12 +25,11 @@ locon.py, loha.py, lokr.py, full.py, norms.py, as described in arXiv 2309.14859)
 
 import math
 import re
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from .tensors import FLOATS, WHOLE, NotConvertible, Tensor, require
+from .tensors import FLOATS, WHOLE, Computed, NotConvertible, Tensor, require
 
 # %% Names -----------------------------------------------------------------------------------------
 
@@ -46,6 +45,8 @@ ENDS = (  # what a tensor is of its layer, and how its name ends
     ("middle", r"\.lora_mid" + WEIGHT),
     ("alpha", r"(_lora)?\.alpha"),
     ("scale", r"\.scale"),  # A1111's, in place of alpha / rank
+    ("scalar", r"\.scalar"),  # LyCORIS', a learned factor besides
+    ("up_bias", r"\.lora_B(\.[^.]+)?\.bias"),  # PEFT's, with lora_bias
     ("dora_scale", r"\.dora_scale" + MAYBE),
     ("magnitude", r"\.lora_magnitude_vector" + MAYBE),
     ("diff", r"\.(diff|w_norm)"),
@@ -182,17 +183,6 @@ def read_pattern(pattern):
 MOST = 1 << 26  # numbers in one layer; a UNet's largest has 29 million
 
 
-class Computed(NamedTuple):
-    """In place of a Tensor: one that is computed of others when it is written."""
-
-    path: Path
-    function: object
-    parts: dict  # {name: Tensor}
-
-    def float32(self):
-        return self.function(**{name: tensor.float32() for name, tensor in self.parts.items()})
-
-
 class Piece(NamedTuple):
     """What becomes one tensor of a flat file."""
 
@@ -207,13 +197,13 @@ def read_layer(tensors, shape, scale):
     which the number of axes counts, and a convolution's window. scale: rank or None -> factor.
     """
     tensors, window = dict(tensors), shape[2:]
-    kinds = {tensor.dtype for part, tensor in tensors.items() if part not in ("alpha", "scale")}
+    kinds = {tensor.dtype for part, tensor in tensors.items() if part not in SINGLE}
     there = ", ".join(f"{part} is {t.shape}, {t.dtype}" for part, t in tensors.items())
     what = "".join(f"{form} with " for form in name_forms(tensors))
     agree = f"{what}parts that do not go together: {there}"
     require(kinds <= set(FLOATS), agree)
-    numbers = {part: read_number(part, tensors) for part in ("alpha", "scale") if part in tensors}
-    bias = tensors.pop("diff_b", None)
+    numbers = {part: read_number(part, tensors) for part in SINGLE if part in tensors}
+    bias, up_bias = tensors.pop("diff_b", None), tensors.pop("up_bias", None)
     both = "magnitude", "dora_scale"
     magnitudes = {part: tensors.pop(part) for part in both if part in tensors}
     pieces, rank = [], None
@@ -224,6 +214,9 @@ def read_layer(tensors, shape, scale):
         factor = choose_factor(numbers, rank, scale if "lokr_w1" in tensors or rank else None)
         require(math.isfinite(factor), f"{agree}, alpha is {numbers}")
         pieces[0] = pieces[0]._replace(factor=factor)
+        if up_bias is not None:
+            require(bias is None and pieces[0].part == "up" and len(up_bias.shape) == 1, agree)
+            pieces.append(Piece("bias.diff", up_bias.shape, up_bias, factor))
     for name, tensor in magnitudes.items():
         require(pieces and len(shape) > 1, f"a magnitude (DoRA) and no change: {there}")
         out, inputs = pieces[0].shape[0], pieces[min(1, len(pieces) - 1)].shape[1]
@@ -242,13 +235,15 @@ def choose_factor(numbers, rank, scale):
     sd-scripts, networks/lora.py). LoKr without one has factor 1 in LyCORIS (lokr.py), and PEFT's
     whatever its config says.
     """
+    scalar = numbers.get("scalar", 1.0)
     if "scale" in numbers:
-        return numbers["scale"]
+        return scalar * numbers["scale"]
     if "alpha" in numbers:
-        return numbers["alpha"] / rank if rank and numbers["alpha"] else 1.0
-    return scale(rank) if scale else 1.0
+        return scalar * numbers["alpha"] / rank if rank and numbers["alpha"] else scalar
+    return scalar * scale(rank) if scale else scalar
 
 
+SINGLE = ("alpha", "scale", "scalar")
 LORA = ("up", "down", "middle")
 
 

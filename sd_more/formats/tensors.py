@@ -92,6 +92,17 @@ class Tensor(NamedTuple):
             return array.astype("<f4")
 
 
+class Computed(NamedTuple):
+    """In place of a Tensor: one that is computed of others when it is written."""
+
+    path: Path
+    function: object
+    parts: dict  # {name: Tensor}
+
+    def float32(self):
+        return self.function(**{name: tensor.float32() for name, tensor in self.parts.items()})
+
+
 def e4m3():
     """The 256 numbers of PyTorch's float8_e4m3fn: no infinities, and NaN where all bits are set.
     (Micikevicius et al. 2022, arXiv 2209.05433, table 1)
