@@ -53,7 +53,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 import sd
-from sd_more.formats import diffusers, guidance, hub, lora, others
+from sd_more.formats import diffusers, guidance, hub, lora, others, taesd
 from sd_more.formats.tensor_files import read_safetensors
 from sd_more.formats.tensors import (
     FLOATS,
@@ -178,11 +178,13 @@ MODEL = {"unet": "unet", "vae": "vae", "text_encoder": "text"}  # folder: part o
 
 
 def read_source(path, vae_path):
-    """Whatever may be given to convert: a file, the folder of a model, or that of a ControlNet."""
+    """Whatever may be given to convert: a file, the folder of a model, or one network's folder."""
     if not path.is_dir():
-        return read_file(path)
+        return add_other_half(read_file(path))
     source = Source(path, {}, told_by="the folder's config files")
     config = read_json(path / "config.json") if (path / "config.json").exists() else None
+    if config and config.get("_class_name") in ("AutoencoderKL", "AutoencoderTiny"):
+        return read_vae_source(path)
     if config and config.get("_class_name") == "ControlNetModel":
         add_network(source, path, "controlnet", "unet")
         source.overrides["pool"] = config.get("global_pool_conditions")
@@ -231,7 +233,30 @@ def read_vae_source(path):
     if not path.is_dir():
         return read_file(path)
     source = Source(path, {}, told_by="the VAE's config.json")
-    add_network(source, path / "vae" if (path / "vae").is_dir() else path, "vae", "vae")
+    path = path / "vae" if (path / "vae").is_dir() else path
+    if read_json(path / "config.json").get("_class_name") == "AutoencoderTiny":
+        read_config(path / "config.json", "tiny_vae")
+        add_tensors(source, path, "vae")
+    else:
+        add_network(source, path, "vae", "vae")
+    return source
+
+
+def add_other_half(source):
+    """TAESD's author has its encoder and its decoder in two files, beside each other."""
+    if not taesd.is_half(source.tensors):
+        return source
+    with blame(source.path):
+        name = taesd.FILE.fullmatch(source.path.name)
+        require(name, "it looks like TAESD, and its name says neither encoder nor decoder")
+    start, half, end = name.groups()
+    halves = {half.lower(): source}
+    for other in {"encoder", "decoder"} - halves.keys():
+        halves[other] = read_file(source.path.with_name(start + other + end))
+    for half, read in halves.items():
+        source.files |= read.files
+        read.tensors = {f"taesd_{half}.{name}": tensor for name, tensor in read.tensors.items()}
+    source.tensors = halves["encoder"].tensors | halves["decoder"].tensors
     return source
 
 
@@ -366,7 +391,6 @@ def find_parts(source, vae_source):
     other = others.name_model(tensors)
     require(not other, f"it is {other}. {known}")
     if unet is None:
-        require(not vae, "it is a VAE alone. Convert a whole model and give this one to --vae")
         other, few = others.name_part(tensors), ", ".join(map(short, list(tensors)[:3]))
         require(not other, f"it is {other}, and a whole model is needed")
         few = f"Of its {len(tensors)} tensors the first are: {few or 'none at all'}"
@@ -640,7 +664,7 @@ def make_config(unet, text, vae, source, vae_source):
     config["text"] |= {"width": width, "vocabulary": vocabulary}
     config["unet"] |= {"widths": widths, "context_width": context}
     config["unet"] |= {"channels": 9} if unet.size("down.0.0.weight", 1) == 9 else {}
-    config["vae"]["widths"] = [vae.size(f"encoder.{row}.conv1.weight", 0) for row in (1, 4, 7, 10)]
+    config["vae"]["widths"] = read_vae_widths(vae)
     if vision := find_part(source.tensors, "vision"):
         config["safety"] = read_safety_sizes(vision)
     return config, is_v2, f"its text encoder is {'OpenCLIP' if is_v2 else 'CLIP'}'s, {width} wide"
@@ -661,6 +685,10 @@ def read_safety_sizes(vision):
     weight, heads = vision.tensors.get("safety_checker/visual_projection.weight"), width // 64 or 1
     projection = weight.shape[0] if weight and weight.shape else 0
     return {"width": width, "layers": layers, "heads": heads, "projection": projection}
+
+
+def read_vae_widths(part):
+    return [part.size(f"encoder.{row}.conv1.weight", 0) for row in (1, 4, 7, 10)]
 
 
 def read_unet_sizes(part):
@@ -900,7 +928,7 @@ class Plan:
 
 def make_plan(source, vae_source, asked):
     with blame(source.path):
-        for make in (plan_controlnet, plan_lora, plan_textual_inversion):
+        for make in (plan_tiny_vae, plan_vae, plan_controlnet, plan_lora, plan_textual_inversion):
             if plan := make(source):
                 whole = not vae_source and not any(asked.values())
                 few = "--vae, --prediction, --zero-snr"
@@ -978,6 +1006,51 @@ def make_safety_specs(vision, width, layers, heads, projection):
     specs = [TensorSpec(f"safety.{ours}", s, (place + name,)) for ours, s, place, name in table]
     layer = sd.TextLayer(width, heads, "quick_gelu").parameters()
     return specs + make_specs("safety", {"layers": [layer] * layers}, vision)
+
+
+def plan_tiny_vae(source):
+    if not source.tensors.keys() & set(taesd.FIRST) or find_part(source.tensors, "unet"):
+        return None
+    other = taesd.OTHERS.search(source.path.name)
+    require(not other, f"it is a small VAE for {short(other and other[0])}, by its name")
+    first = next(source.tensors[name] for name in taesd.FIRST if name in source.tensors)
+    channels = first.shape[0] if first.shape else 0
+    require(sd.divides(1, channels), f"it is a small VAE of {channels} channels")
+    specs = []
+    for ours, names, size, has_bias in taesd.layers(channels):
+        for leaf, shape in (("weight", (*size, 3, 3)), ("bias", size[:1]))[: 1 + has_bias]:
+            named = tuple(f"{name}.{leaf}" for name in names)
+            specs.append(TensorSpec(f"vae.{ours}.{leaf}", shape, named))
+    found = match(specs, source.tensors, source.unreadable)
+    there = {spec.flat for spec in specs}
+    for spec, name, tensor in list(found):  # sd.py's convolutions all have biases
+        bias = spec.flat.replace(".weight", ".bias")
+        if bias not in there:
+            zeros = Computed(tensor.path, taesd.zero_bias, {"weight": tensor})
+            found.append(Found(TensorSpec(bias, spec.shape[:1]), name, zeros))
+    config = {"kind": "tiny vae", "channels": channels}
+    return Plan("a small VAE (TAESD)", config, found, format=sd.FORMATS[1])
+
+
+def plan_vae(source):
+    """A VAE alone."""
+    vae = find_part(source.tensors, "vae")
+    if not vae or any(find_part(source.tensors, kind) for kind in ("unet", "text")):
+        return None
+    other = re.search("sd_?xl", source.path.name, re.IGNORECASE)
+    require(not other, "it is a VAE for SDXL, by its name: its latents are others")
+    config = published_defaults(False, [64] * 4, 64, 1) | {"text": {}, "unet": {}}
+    config = override(config, source.overrides, source.told_by)["vae"]
+    config["widths"] = read_vae_widths(vae)
+    numbers = {"groups": config["groups"], "scale": config["scale"]}
+    good = len(config["widths"]) == 4 and sd.divides(config["groups"], *config["widths"])
+    require(
+        good and 0 < config["scale"] < 1e6, f"no VAE has the numbers {short(numbers)}. {ORIGIN}"
+    )
+    network = sd.VAE(config["widths"], config["groups"]).parameters()
+    found = match(make_specs("vae", network, vae), vae.tensors, source.unreadable)
+    config = {"kind": "vae", "vae": config}
+    return Plan("a VAE", config, found, format=sd.FORMATS[1])
 
 
 def plan_controlnet(source):
@@ -1372,7 +1445,7 @@ def describe(path, vae=None, safety=None, prediction=None, zero_snr=None, verify
 
 
 def describe_flat(path, metadata):
-    kinds = "model", "lora", "words", "controlnet"
+    kinds = "model", "lora", "words", "controlnet", "vae", "tiny vae"
     kind = next((k for k in kinds if f'"kind": "{k}"' in metadata.get("config", "")), "model")
     _, weights = sd.read_flat(path, kind)
     types = collections.Counter(str(w.dtype).removeprefix("mlx.core.") for w in weights.values())

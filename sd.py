@@ -615,14 +615,16 @@ class Downsample(nn.Module):
         return self.conv(mx.pad(x, ((0, 0), self.zeros, self.zeros, (0, 0))))
 
 
-# Twice the height and width: every position becomes 2 x 2, then a convolution smooths them.
+# Twice the height and width: every position becomes 2 x 2, then a convolution smooths them. size:
+# (h, w) to cut it to, as the skip connection that comes next is one smaller if halved from odd.
 class Upsample(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.conv = Conv(c, c)
 
-    def __call__(self, x):
-        return self.conv(mx.repeat(mx.repeat(x, 2, axis=1), 2, axis=2))
+    def __call__(self, x, size=(None, None)):
+        x = mx.repeat(mx.repeat(x, 2, axis=1), 2, axis=2)
+        return self.conv(x[:, : size[0], : size[1]])
 
 
 class UNet(nn.Module):
@@ -630,7 +632,7 @@ class UNet(nn.Module):
 
     widths: the channels of the four levels; heads: attention's on each (the lowest has attention in
     the middle only); channels: 9 for inpainting models (section 10); corrections: what section 13
-    adds to the skip connections and to x in the middle. h, w: multiples of 8. The rows are those of
+    adds to the skip connections and to x in the middle. The rows are those of
     input_blocks and output_blocks in modules/diffusionmodules/openaimodel.py:413.
     """
 
@@ -684,7 +686,8 @@ class UNet(nn.Module):
             skips, x = [a + b for a, b in zip(skips, for_skips)], x + for_middle
         for row in self.up:
             skip = once_per_sentence(skips.pop(), context)  # the very first has seen no sentence
-            x = run_row(row, mx.concatenate([x, skip], axis=-1), time, context)
+            x = mx.concatenate([x, skip], axis=-1)
+            x = run_row(row, x, time, context, (skips or [x])[-1].shape[1:3])
         return self.conv_out(self.norm_out(x))
 
 
@@ -703,12 +706,10 @@ def go_down(network, x, t, context, hint=0):
     return run_row(network.middle, x, time, context), skips, time
 
 
-def run_row(row, x, time, context):
+def run_row(row, x, time, context, size=None):
+    more = {ResBlock: [time], TransformerBlock: [context], Upsample: [size]}  # what they are told
     for layer in row:
-        if isinstance(layer, ResBlock):
-            x = layer(x, time)
-        else:
-            x = layer(x, context) if isinstance(layer, TransformerBlock) else layer(x)
+        x = layer(x, *more.get(type(layer), []))
     return x
 
 
@@ -1009,7 +1010,7 @@ class StableDiffusion:
         sampler, of SAMPLERS; spacing, of SPACINGS; cfg; rescale, how much of what guidance adds to
         the standard deviation to take away: default the model's own. negative_prompt: what to go
         away from, in the place of ""; not asked for at cfg 1. width, height: in pixels, multiples
-        of 64; default what the model was trained on, or the task's. rng: a function of a seed that
+        of 8; default what the model was trained on, or the task's. rng: a function of a seed that
         returns draw(shape), default section 9's torch_normal. latents: x to begin with. context:
         (2, 77, width), without and with the prompt, at cfg 1 (1, 77, width); instead of prompts.
         """
@@ -1384,10 +1385,9 @@ def check_options(prompt, negative_prompt, seed, steps, cfg, sampler, width, hei
         ("sampler", sampler, sampler in [*SAMPLERS], f"one of {', '.join(SAMPLERS)}"),
     ):
         expect(good, name, value, rule)
-    for name, n in (("width", width), ("height", height)):  # 8 pixels a latent, halved three times
-        expect(isinstance(n, integer), name, n, "a multiple of 64")
-        low = max(64, n // 64 * 64)
-        expect(n % 64 == 0 < n, name, n, f"a multiple of 64, such as {low} or {low + 64}")
+    for name, n in (("width", width), ("height", height)):
+        good = isinstance(n, integer) and n % 8 == 0 and n >= 64  # 8 pixels a latent
+        expect(good, name, n, "a multiple of 8, and 64 at least")
     expect(width * height <= MOST_PIXELS, "the size", (width, height), "at most 4096 x 4096")
 
 
@@ -1403,7 +1403,7 @@ def check_options(prompt, negative_prompt, seed, steps, cfg, sampler, width, hei
 
 
 class ImageToImage(TextToImage):
-    """picture: (8h, 8w, 3) in [0, 1], sides multiples of 64; strength: above 0, at most 1."""
+    """picture: (8h, 8w, 3) in [0, 1], sides multiples of 8; strength: above 0, at most 1."""
 
     def __init__(self, picture, strength=0.75):
         expect(0 < strength <= 1, "strength", strength, "more than 0 and at most 1")
@@ -1706,7 +1706,7 @@ OPTIONS = (  # name, type, default, what it means
     ("--steps", int, None, "UNet calls, with PLMS one more; default the model's own, or 50"),
     ("--cfg", float, None, "how far to follow the prompt, 1 for no guidance; default the model's"),
     ("--sampler", str, None, "how to get there: SAMPLERS; default the model's own, or plms"),
-    ("--width", int, None, "in pixels, a multiple of 64; default what the model was trained on"),
+    ("--width", int, None, "in pixels, a multiple of 8; default what the model was trained on"),
     ("--height", int, None, "likewise"),
     ("--n-images", int, 1, "how many; the second has seed + 1, and so on"),
     ("--model", Path, TINY, "a flat file, or with sd_more/ a checkpoint; default the miniature"),

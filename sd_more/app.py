@@ -27,6 +27,7 @@ from sd_more.pictures import grey, grid
 from sd_more.prompts import name_unused, read_weighted, show_tokens, without_loras
 from sd_more.safety import SafetyChecker, check_safety, load_checker
 from sd_more.textual_inversion import textual_inversion
+from sd_more.vae import other_vae, read_kind, with_tiny_vae
 
 # %% Options ---------------------------------------------------------------------------------------
 
@@ -84,6 +85,8 @@ def make_parser():
     g.add_argument("--embedding", "--words", action="append", default=[], metavar="FILE",
                    help="a textual inversion, whose name becomes a word of the prompt; may be "
                         "repeated")
+    g.add_argument("--vae", type=Path, metavar="FILE",
+                   help="another VAE, or TAESD's, which is small and fast")
     g.add_argument("--clip-skip", type=int, metavar="N",
                    help="2: leave out the text model's last layer, and so on; in 2.x the last one "
                         "is left out anyway, and does not count; default 1")
@@ -314,10 +317,14 @@ def load_model(args):
     if has_guidance(path):  # then --cfg is what it is told, and there is no second answer
         args.guidance, args.cfg = USUAL if args.cfg is None else args.cfg, 1.0
         changes += [guided(args.guidance)]
+    tiny = args.vae and flat_file(args.vae, kept)
+    if args.vae and read_kind(tiny) != "tiny vae":
+        changes, tiny = [*changes, other_vae(tiny)], None
     # LowMemory reads no weights before they are used, and for tokens none are.
     model = LowMemory if args.low_memory or args.show_tokens else StableDiffusion
     reader = None if args.plain_prompt else read_weighted
-    return model(path, args.dtype, changes, reader=reader)
+    model = model(path, args.dtype, changes, reader=reader)
+    return with_tiny_vae(model, tiny) if tiny else model
 
 
 def make_task(args, config):

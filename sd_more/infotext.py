@@ -102,6 +102,7 @@ PARAMETERS = {  # name in the text: (option of the command line, how to read its
     "ControlNet": ("controlnet", shlex.split),
     "Control image": ("control_image", shlex.split),
     "Model file": ("model", Path),
+    "VAE file": ("vae", Path),
     "Plain prompt": ("plain_prompt", read_flag),
     "Low memory": ("low_memory", read_flag),
 }

@@ -33,7 +33,12 @@ class LowMemory(sd.StableDiffusion):
 
     @contextlib.contextmanager
     def network(self, name):
-        """Loads it, and forgets the one that was in memory. It stays until another is needed."""
+        """Loads it, and forgets the one that was in memory. It stays until another is needed. What
+        somebody has put in here, such as a small VAE, is in memory always.
+        """
+        if vars(self)[name] is not None:
+            yield vars(self)[name]
+            return
         if name not in self.loaded:
             self.forget()
             self.loaded[name] = self.load(name)

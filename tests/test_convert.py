@@ -808,7 +808,6 @@ def test_another_vae_takes_the_models_place(tmp_path, vae_sources, weights, flat
     "source, vae, says",
     [
         ("no_vae.safetensors", None, ["has no VAE", "--vae"]),
-        ("vae.pt", None, ["VAE alone", "--vae"]),
         ("no_vae.safetensors", "no_vae.safetensors", ["no VAE in"]),
         ("full.ckpt", "nothing.pt", ["does not exist"]),
     ],

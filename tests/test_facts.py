@@ -394,6 +394,26 @@ def test_learned_guidance_is_that_of_diffusers(consistent, tmp_path, cfg):
     assert np.abs(np.array(ours) - blind.numpy()).max() > 1e-3 * np.abs(truth.numpy()).max()
 
 
+@pytest.mark.parametrize("steps", [1, 4, 7])
+def test_a_consistency_models_latents_are_those_of_diffusers(
+    consistent, networks, their_tokenizer, tmp_path, steps
+):
+    folder, unet = consistent
+    vae, _, text = networks
+    scheduler = diffusers.LCMScheduler(**BETAS, original_inference_steps=50)
+    pipeline = diffusers.LatentConsistencyModelPipeline(
+        vae, text, their_tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": steps, "guidance_scale": 8.5, "output_type": "latent"}
+    generator = torch.Generator().manual_seed(42)
+    truth = pipeline("a house", 64, 64, generator=generator, **options).images
+    flat = convert(folder, tmp_path / "a.safetensors", dtype="float32", log=quiet)
+    *_, x = sd.StableDiffusion(flat).generate_latents("a house", steps=steps, width=64, height=64)
+    error = assert_close(x, truth.permute(0, 2, 3, 1), 1e-4)
+    checked("a latent consistency model's latents after 1 to 7 steps", "diffusers", error)
+
+
 def test_the_command_line_tells_it_cfg(consistent, tmp_path, capsys):
     folder, _ = consistent
     options = ["--model", str(folder), "--prompt", "a house", "--output", str(tmp_path / "a.png")]

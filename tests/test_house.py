@@ -64,7 +64,7 @@ def test_sections_have_one_mark(path):
             assert re.fullmatch(r"# %% \S.*\S -+", line) and len(line) == 100, line
 
 
-BUDGETS = {"sd.py": 1750, "convert_weights.py": 1500, "test_sd.py": 1000, "README.md": 200}
+BUDGETS = {"sd.py": 1750, "convert_weights.py": 1600, "test_sd.py": 1000, "README.md": 200}
 
 
 @pytest.mark.parametrize("path", BUDGETS)
@@ -126,7 +126,7 @@ def allowed(path):
     if path == "sd_more/app.py":
         return {"sd", "convert_weights", "sd_more"}
     if path.startswith("sd_more/"):
-        return {"sd", "convert_weights", "sd_more.fast"}
+        return {"sd", "convert_weights", "sd_more.fast", "sd_more.formats"}
     return OURS - ({"tests", "test_sd"} if path.startswith("tiny/") else set())
 
 

@@ -41,6 +41,11 @@ EXPECTED = {  # a tuple: one of these
         "use_quant_conv": True, "use_post_quant_conv": True, "shift_factor": None,
         "latents_mean": None, "latents_std": None,
     },
+    "tiny_vae": {
+        "act_fn": "relu", "in_channels": 3, "out_channels": 3, "latent_channels": 4,
+        "num_encoder_blocks": [1, 3, 3, 3], "num_decoder_blocks": [3, 3, 3, 1],
+        "upsampling_scaling_factor": 2, "latent_magnitude": 3, "scaling_factor": 1,
+    },
     "text_encoder": {"model_type": "clip_text_model", "layer_norm_eps": 1e-5},
     "scheduler": {
         "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
