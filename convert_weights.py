@@ -34,7 +34,6 @@ import collections
 import contextlib
 import fcntl
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -43,7 +42,6 @@ import re
 import struct
 import sys
 import time
-import warnings
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +51,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 import sd
+from sd_more.console import command
 from sd_more.formats import diffusers, guidance, hub, lora, others, taesd
 from sd_more.formats.tensor_files import read_safetensors
 from sd_more.formats.tensors import (
@@ -272,6 +271,12 @@ def add_network(source, folder, kind, part):
     if kind == "unet" and type(size) is int:  # of the latents; of the pictures the nearest that is
         source.overrides["size"] = max(64, round(size / 8) * 64)
     add_tensors(source, folder, kind)
+    with blame(folder):
+        learned = f"{kind}/{guidance.LAYERS[1]}.weight" in source.tensors
+        told = config.get("time_cond_proj_dim")
+        require(
+            learned or not told, f"its time_cond_proj_dim is {short(told)}, and it has no layer"
+        )
 
 
 def read_config(path, kind):
@@ -1195,7 +1200,8 @@ NOT_NEEDED = (  # what it is, how its name begins
     ("noise schedule", r"(betas|alphas_cumprod|sqrt_|log_one_minus_|posterior_|lvlb_weights)"),
     ("noise schedule", r"(denoiser\.|logvar$|scale_factor$|v_pred$|ztsnr$)"),
     ("position numbers", r".*position_ids$"),
-    ("scales of 8 bits", r".*[._](scaled_fp8|comfy_quant|scale_(weight|input)|\w+_scale)$"),
+    ("scales of 8 bits", r".*[._](scaled_fp8|comfy_quant|scale_weight|scale_input)$"),
+    ("scales of 8 bits", r".*[._](weight|input)_scale$"),
     ("training losses", r"(first_stage_model\.)?loss\.|embedding_manager\."),
     ("the text encoder's unread end", r".*\.model\.transformer\.resblocks\.23\."),
     ("the text encoder's unread end", r".*\.model\.(text_projection|logit_scale|attn_mask)"),
@@ -1464,80 +1470,6 @@ def read_sums(metadata):
     except (ValueError, RecursionError):
         sums = {}
     return sums if type(sums) is dict else {}
-
-
-class Steady:
-    """Standard output or error as something that never fails: what a terminal can't show, or would
-    obey, is escaped, and when nobody reads it any more, or its disk is full, the work goes on.
-    """
-
-    def __init__(self, stream):
-        self.stream, self.problem = stream or io.StringIO(), None  # it may be closed
-
-    def write(self, text):
-        code = self.stream.encoding or "utf-8"
-        if text != "\r":  # which begins the line anew, and is not part of a name
-            text = "".join(c if c in "\n\t" else sd.printable(c) for c in text)
-        try:
-            self.stream.write(text.encode(code, "backslashreplace").decode(code))
-            self.stream.flush()
-        except OSError as error:
-            self.problem = error
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-
-@contextlib.contextmanager
-def command(name):
-    """Around a program: what the user can mend ends in one line and exit status 2, without a
-    traceback. Ctrl-C and kill end it only after what is half written is removed.
-    """
-    for number in range(3):  # what is opened next must not become a closed standard error
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-    out, err = Steady(sys.stdout), Steady(sys.stderr)
-    quiet = warnings.catch_warnings(action="ignore")  # what matters of them is said in words
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), signals(), quiet:
-        try:
-            yield
-            if out.problem and not isinstance(out.problem, BrokenPipeError):
-                raise sd.SDError(f"the standard output is not writable ({out.problem.strerror}).")
-        except FileNotFoundError as error:
-            stop(name, f"there is no file {error.filename}. Is the name right?")
-        except OSError as error:
-            stop(name, f"{error.filename or 'a file'}: {error.strerror or error}.")
-        except sd.SDError as error:
-            stop(name, error)
-        except MemoryError:
-            stop(name, "there is not enough memory for this. Try smaller or fewer pictures.")
-        except KeyboardInterrupt:
-            sd.say("")  # behind the line that tells the progress
-            stop(name, "stopped", 130)
-
-
-def stop(name, message, status=2):
-    sd.say(f"{name}: {short(message, 2000)}")
-    sys.exit(status)
-
-
-@contextlib.contextmanager
-def signals():
-    """Ctrl-C, kill and a closed terminal as exceptions, where nobody has chosen otherwise."""
-    old = {}
-    handlers = {signal.SIGINT: signal.default_int_handler}
-    handlers |= dict.fromkeys((signal.SIGTERM, signal.SIGHUP), lambda n, _: sys.exit(128 + n))
-    for number, handler in handlers.items():
-        if signal.getsignal(number) == signal.SIG_DFL:
-            old[number] = signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 def make_parser():

@@ -18,6 +18,7 @@ import sd
 import sd_more.samplers  # noqa: F401  it adds samplers to sd.SAMPLERS
 from sd import ImageToImage, SDError, StableDiffusion, TextToImage, expect
 from sd_more.batch import count_processes, read_prompts, share_of_this_process
+from sd_more.console import command
 from sd_more.guidance import USUAL, guided, has_guidance
 from sd_more.infotext import read_parameters, write_parameters
 from sd_more.low_memory import LowMemory
@@ -463,7 +464,7 @@ def make_painter(args):
 
 
 def main(argv=None):
-    with convert_weights.command("sd.py"):
+    with command("sd.py"):
         run(parse(argv))
 
 

@@ -47,6 +47,9 @@ from PIL import Image
 import convert_weights
 import sd
 from sd_more import app, prompts, textual_inversion
+from sd_more.console import command
+from sd_more.guidance import guided, has_guidance
+from sd_more.vae import other_vae, with_tiny_vae
 
 MOST_SECONDS, MOST_MEMORY = 5, 1 << 30  # of one case
 ESCAPE = "\x1b[31m\x07\u202e\r\n"
@@ -211,6 +214,7 @@ def change_tensors(rng, tensors):
 def make_bench(folder):
     """Good files to begin with: small random models, as other programs write them."""
     import torch
+    from diffusers import AutoencoderTiny
 
     from tests.reference import ControlNetModel, original_names, small_networks, write_folder
 
@@ -230,7 +234,16 @@ def make_bench(folder):
         (folder / f"{kind}.safetensors").write_bytes(tensor_file(lora))
     (folder / "model" / "tokenizer" / "added_tokens.json").write_text('{"<cat>": 49408}')
     (folder / "word.safetensors").write_bytes(tensor_file({"cat": np.ones((2, 64), "f4")}))
-    for name in ("whole.safetensors", "lora.safetensors", "word.safetensors", "control"):
+    vae = {n: array for n, array in arrays.items() if n.startswith("first_stage_model.")}
+    (folder / "vae.safetensors").write_bytes(tensor_file(vae))
+    AutoencoderTiny(3, 3, (16,) * 4, (16,) * 4).save_pretrained(folder / "taesd")
+    os.link(folder / "taesd" / "diffusion_pytorch_model.safetensors", folder / "taesd.safetensors")
+    guide = {"model.diffusion_model.time_embed.cond_proj.weight": np.ones((64, 8), "f4")}
+    (folder / "lcm.safetensors").write_bytes(tensor_file(arrays | guide))
+    for name in (
+        "whole.safetensors", "lora.safetensors", "word.safetensors", "control", "vae.safetensors",
+        "taesd", "lcm.safetensors",
+    ):  # fmt: skip
         target = folder / f"{Path(name).stem}.flat"
         convert_weights.convert(folder / name, target, dtype="float32", log=lambda line: None)
 
@@ -297,7 +310,9 @@ def legacy_case(rng, bench, folder):
 def safetensors_case(rng, bench, folder):
     path = folder / "case.safetensors"
     name = rng.choice(
-        ("word.safetensors",) * 10 + ("lora.safetensors",) * 9 + ("whole.safetensors",)
+        ("word.safetensors",) * 10
+        + ("lora.safetensors",) * 9
+        + ("whole.safetensors", "lcm.safetensors", "taesd.safetensors")
     )
     data = (bench / name).read_bytes()
     if rng.random() < 0.4:
@@ -314,7 +329,8 @@ def safetensors_case(rng, bench, folder):
 
 def tensors_case(name, ending):
     def case(rng, bench, folder):
-        kind = rng.choice(list(RELATIVES)) if name == "lora.safetensors" else "word"
+        kinds = {"lora": list(RELATIVES), "vae": ["vae", "taesd"]}
+        kind = rng.choice(kinds.get(name.split(".")[0], ["word"]))
         tensors = read_tensors(bench / f"{kind}.safetensors")
         metadata = change_json(rng, {"format": "pt", "lora_adapter_metadata": PEFT})
         metadata = metadata if isinstance(metadata, dict) else {}
@@ -380,7 +396,7 @@ def control_case(rng, bench, folder):
 
 def flat_case(rng, bench, folder):
     """What convert_weights.py writes, changed; of a model one step is painted."""
-    kind = rng.choice(("whole",) * 4 + ("lora", "word", "control"))
+    kind = rng.choice(("whole",) * 4 + ("lora", "word", "control", "vae", "taesd", "lcm"))
     data, path = (bench / f"{kind}.flat").read_bytes(), folder / "case.safetensors"
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
@@ -400,7 +416,8 @@ def flat_case(rng, bench, folder):
         at = rng.randrange(len(data))
         data = data[:at] + rng.randbytes(2000) + data[at + 2000 :]
     path.write_bytes(data)
-    kinds = {"whole": "model", "lora": "lora", "word": "words", "control": "controlnet"}
+    kinds = {"whole": "model", "lora": "lora", "word": "words", "control": "controlnet",
+             "vae": "vae", "taesd": "tiny vae", "lcm": "model"}  # fmt: skip
     kind = kinds[kind] if rng.random() < 0.9 else rng.choice(list(kinds.values()))
     return lambda: use(path, kind, folder)
 
@@ -431,7 +448,7 @@ Denoising strength: 0.5, Image: photo.png, Lora: "a.safetensors:0.5 b", Clip ski
 
 
 def from_png(path):
-    with convert_weights.command("sd.py"):
+    with command("sd.py"):
         app.check(app.parse(["--from-png", str(path), "--output", str(path.with_name("out.png"))]))
 
 
@@ -500,6 +517,7 @@ FORMATS = {
     "zip": zip_case, "legacy": legacy_case, "safetensors": safetensors_case,
     "lora": tensors_case("lora.safetensors", ".safetensors"),
     "embedding": tensors_case("word.safetensors", ".safetensors"), "controlnet": control_case,
+    "vae": tensors_case("vae.safetensors", ".safetensors"),
     "folder": folder_case, "flat": flat_case, "png": png_case, "picture": picture_case,
     "yaml": yaml_case, "prompt": prompt_case,
 }  # fmt: skip
@@ -543,9 +561,15 @@ def convert(path, folder):
 
 
 def use(path, kind, folder):
-    if kind == "model":
+    if kind in ("vae", "tiny vae"):
+        model = sd.StableDiffusion(
+            BENCH / "whole.flat", changes=[other_vae(path)] if kind == "vae" else ()
+        )
+        model = with_tiny_vae(model, path) if kind == "tiny vae" else model
+        mx.eval(model.decode(mx.zeros((1, 8, 8, 4))))
+    elif kind == "model":
         options = {"steps": 1, "width": 64, "height": 64, "sampler": "ddim", "context": None}
-        model = sd.StableDiffusion(path)
+        model = sd.StableDiffusion(path, changes=[guided(3.0)] if has_guidance(path) else ())
         prompt = "a <|endoftext|> house \u732b 2"
         for x in model.generate_latents(prompt, **options):
             mx.eval(x)

@@ -77,7 +77,7 @@ def test_the_options_of_the_first_version_are_all_there_with_their_defaults():
         "lora": [], "lora_dir": None, "embedding": [], "clip_skip": None, "safety_check": True,
         "dtype": None,
         "low_memory": False, "output": Path("out.png"), "save_every": None, "decode_batch": 1,
-        "show_tokens": False, "converted": None,
+        "show_tokens": False, "converted": None, "vae": None,
     }  # fmt: skip
     assert app.parse(["--words", "a", "--embedding", "b"]).embedding == ["a", "b"]
     assert app.choose_prompts(app.parse([])) == ["a red house on the grass at sunset"]
@@ -411,7 +411,7 @@ def test_a_picture_is_made_again_from_what_it_says(paint, tmp_path):
 @pytest.mark.parametrize(
     "options, says",
     [
-        (["--width", "500"], ["500", "448 or 512"]),
+        (["--width", "500"], ["500", "a multiple of 8"]),
         (["--height", "0"], ["0", "64"]),
         (["--width", "-64"], ["-64"]),
         (["--steps", "0"], ["steps must be 1 to 999, got 0"]),
@@ -443,7 +443,7 @@ def test_a_picture_is_made_again_from_what_it_says(paint, tmp_path):
         (["--image", RED_HOUSE, "--strength", "0"], ["0", "at most 1"]),
         (["--image", RED_HOUSE, "--strength", "nan"], ["nan"]),
         (["--image", RED_HOUSE, "--strength", "0.01"], ["0.01", "steps"]),
-        (["--image", RED_HOUSE, "--width", "100"], ["100", "64 or 128"]),
+        (["--image", RED_HOUSE, "--width", "100"], ["100", "a multiple of 8"]),
         (["--image", RED_HOUSE, "--width", "0"], ["width", "got 0"]),
         (["--image", RED_HOUSE, "--height", "-64"], ["height", "got -64"]),
         (["--control-image", RED_HOUSE, "--controlnet", "a:nan"], ["a:nan"]),

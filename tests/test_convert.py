@@ -649,7 +649,7 @@ def lose_all(path, part):
         (lose, "vae", "has no VAE"),
         (lose_weights, "unet", "has no weights"),
         (lose_weights, "vae", "download"),
-        (lambda path, part: path / part, "vae", "one part of a model (AutoencoderKL)"),
+        (lambda path, part: path / part, "unet", "one part of a model (UNet2DConditionModel)"),
         (lose_all, "unet", "no unet folder"),
     ],
 )

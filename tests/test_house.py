@@ -120,7 +120,9 @@ def allowed(path):
     if path == "sd.py":
         return {"sd_more", "sd_more.fast", "sd_more.app"}
     if path == "convert_weights.py":
-        return {"sd", "sd_more.formats"}
+        return {"sd", "sd_more.formats", "sd_more.console"}
+    if path == "sd_more/console.py":
+        return {"sd"}
     if path.startswith(("sd_more/fast/", "sd_more/formats/")):
         return {path.rsplit("/", 1)[0].replace("/", ".")}
     if path == "sd_more/app.py":
