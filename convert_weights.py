@@ -33,6 +33,7 @@ import argparse
 import collections
 import contextlib
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -52,7 +53,18 @@ from mlx.utils import tree_flatten
 
 import sd
 from sd_more.console import command
-from sd_more.formats import diffusers, guidance, hub, lora, others, taesd
+from sd_more.formats import (
+    diffusers,
+    embeddings,
+    facts,
+    guidance,
+    hub,
+    lora,
+    neighbours,
+    others,
+    taesd,
+    tokenizers,
+)
 from sd_more.formats.tensor_files import read_safetensors
 from sd_more.formats.tensors import (
     FLOATS,
@@ -79,7 +91,9 @@ def blame(path):
     try:
         yield
     except NotConvertible as problem:
-        raise ConversionError(f"{path} was not converted: {short(problem, 1200)}.") from None
+        why = short(problem, 1200)
+        end = "" if why.endswith((".", "?", "!")) else "."
+        raise ConversionError(f"{path} was not converted: {why}{end}") from None
 
 
 def short(text, most=80):  # what comes from a file may be of any length
@@ -106,6 +120,16 @@ class Source:
     metadata: dict = field(default_factory=dict)  # text, from a safetensors header
     unreadable: dict = field(default_factory=dict)  # names of tensors of unknown kinds: their kind
     names: list = field(default_factory=list)  # what else it is called
+    remarks: list = field(default_factory=list)  # what it says that is not done, for the report
+
+    @property
+    def name(self):  # in the hub's cache a folder's own name is a number
+        return hub.whence(self.path) or neighbours.full_name(self.path)
+
+    @functools.cached_property
+    def tokenizer(self):  # {name: JSON} of its files besides the merges
+        files = {name: self.path / "tokenizer" / name for name in tokenizers.FILES}
+        return {name: read_json(file) for name, file in files.items() if file.is_file()}
 
 
 DAMAGE = (
@@ -174,19 +198,21 @@ def read_json(path):
 # has the list.
 
 MODEL = {"unet": "unet", "vae": "vae", "text_encoder": "text"}  # folder: part of sd.py's config
+OWN = "sd.py's own defaults are used, --sampler and --spacing choose others"
 
 
 def read_source(path, vae_path):
     """Whatever may be given to convert: a file, the folder of a model, or one network's folder."""
     if not path.is_dir():
-        return add_other_half(read_file(path))
+        return add_config(add_other_half(read_file(path)))
+    if file := neighbours.find_lora(path):
+        return read_file(file)
     source = Source(path, {}, told_by="the folder's config files")
     config = read_json(path / "config.json") if (path / "config.json").exists() else None
     if config and config.get("_class_name") in ("AutoencoderKL", "AutoencoderTiny"):
         return read_vae_source(path)
     if config and config.get("_class_name") == "ControlNetModel":
         add_network(source, path, "controlnet", "unet")
-        source.overrides["pool"] = config.get("global_pool_conditions")
         return source
     with blame(path):
         source.names.append(check_pipeline(path, config))
@@ -199,11 +225,15 @@ def read_source(path, vae_path):
         add_tensors(source, path / "safety_checker", "safety_checker")
     if (path / "scheduler" / "scheduler_config.json").exists():
         config = read_config(path / "scheduler" / "scheduler_config.json", "scheduler")
+        if unused := diffusers.name_unused(config):
+            source.remarks.append(
+                f"the folder's scheduler says {unused}, which is not asked: {OWN}"
+            )
         v = config.get("prediction_type") == "v_prediction"
         source.overrides["prediction"] = "v" if v else "eps"
         # leading and linspace count only for the sampler of that folder; the user chooses one.
         if config.get("_class_name") == "LCMScheduler":
-            source.overrides |= FEW_STEPS
+            source.overrides |= facts.FEW_STEPS
         elif config.get("timestep_spacing") == "trailing":
             source.overrides["spacing"] = "trailing"
         if config.get("rescale_betas_zero_snr") is True:
@@ -230,7 +260,7 @@ def check_pipeline(path, config):
 def read_vae_source(path):
     """A file; a diffusers folder, of which only the VAE is read; or just that VAE's folder."""
     if not path.is_dir():
-        return read_file(path)
+        return add_config(read_file(path))
     source = Source(path, {}, told_by="the VAE's config.json")
     path = path / "vae" if (path / "vae").is_dir() else path
     if read_json(path / "config.json").get("_class_name") == "AutoencoderTiny":
@@ -259,17 +289,31 @@ def add_other_half(source):
     return source
 
 
+def add_config(source):
+    """A network's own file, taken out of its diffusers folder, and the config.json beside it."""
+    file = neighbours.find(source.path).get("config")
+    parts = (find_part(source.tensors, kind) for kind in ("vae", "controlnet"))
+    part = next(filter(None, parts), None)
+    tiny = source.tensors.keys() & set(taesd.FIRST)
+    if not file or not tiny and (part is None or (part.prefix, part.layout) != ("", DIFFUSERS)):
+        return source
+    config, kind = read_json(file), "tiny_vae" if tiny else part.kind
+    if config.get("_class_name") != diffusers.CLASSES[kind]:
+        return source
+    if tiny:
+        read_config(file, kind)
+        return source
+    with blame(source.path):
+        widths = read_vae_widths(part) if kind == "vae" else read_unet_sizes(part)[0]
+    if config.get("block_out_channels") == widths:  # else it is that of another file
+        source.told_by = f"{file.name} beside it"
+        add_numbers(source, file, kind, "vae" if kind == "vae" else "unet")
+    return source
+
+
 def add_network(source, folder, kind, part):
     """Add one network's tensors, and its numbers to a part of the config."""
-    config = read_config(folder / "config.json", kind)
-    numbers = diffusers.read_numbers(config, kind)
-    if part == "unet" and type(numbers["heads"]) is int:
-        numbers["heads"] = [numbers["heads"]] * 4
-    source.overrides[part] = numbers
-    size = config.get("sample_size")
-    size = size[0] if type(size) is list and len(size) == 2 and size[0] == size[1] else size
-    if kind == "unet" and type(size) is int:  # of the latents; of the pictures the nearest that is
-        source.overrides["size"] = max(64, round(size / 8) * 64)
+    config = add_numbers(source, folder / "config.json", kind, part)
     add_tensors(source, folder, kind)
     with blame(folder):
         learned = f"{kind}/{guidance.LAYERS[1]}.weight" in source.tensors
@@ -279,9 +323,26 @@ def add_network(source, folder, kind, part):
         )
 
 
+def add_numbers(source, file, kind, part):
+    config = read_config(file, kind)
+    numbers = diffusers.read_numbers(config, kind)
+    if part == "unet" and type(numbers["heads"]) is int:
+        numbers["heads"] = [numbers["heads"]] * 4
+    source.overrides[part] = numbers
+    size = config.get("sample_size")
+    size = size[0] if type(size) is list and len(size) == 2 and size[0] == size[1] else size
+    if kind == "unet" and type(size) is int:  # of the latents; of the pictures the nearest that is
+        source.overrides["size"] = max(64, round(size / 8) * 64)
+    if kind == "controlnet":
+        source.overrides["pool"] = config.get("global_pool_conditions")
+    return config
+
+
 def read_config(path, kind):
     config = read_json(path)
     with blame(path):
+        other = diffusers.name_other_vae(config) if kind == "vae" else None
+        require(not other, f"it is a VAE for {other}: its latents are others")
         if difference := diffusers.find_difference(config, kind):
             name, value, expected = difference
             raise NotConvertible(f"its {name} is {short(value)}, expected {expected}")
@@ -324,12 +385,12 @@ def read_index(index):
 ORIGINAL, DIFFUSERS, AVERAGED = range(3)  # averaged (EMA): the original's names without dots
 PLACES = {  # kind of network: a tensor that it always has; where it may be, the likeliest first
     "unet": ("down.0.0.weight", (
-        ("model.diffusion_model.", ORIGINAL), ("unet/", DIFFUSERS),
-        ("model_ema.diffusion_model", AVERAGED),
+        ("model.diffusion_model.", ORIGINAL), ("unet/", DIFFUSERS), ("unet.", DIFFUSERS),
+        ("diffusion_model.", ORIGINAL), ("model_ema.diffusion_model", AVERAGED),
     )),
     "vae": ("decoder.16.conv1.weight", (
-        ("first_stage_model.", ORIGINAL), ("vae/", DIFFUSERS), ("vae.", ORIGINAL), ("", ORIGINAL),
-        ("", DIFFUSERS),
+        ("first_stage_model.", ORIGINAL), ("vae/", DIFFUSERS), ("vae.", ORIGINAL),
+        ("vae.", DIFFUSERS), ("", ORIGINAL), ("", DIFFUSERS),
     )),
     "controlnet": ("zero.0.weight", (
         ("control_model.", ORIGINAL), ("", ORIGINAL), ("controlnet/", DIFFUSERS), ("", DIFFUSERS),
@@ -338,7 +399,8 @@ PLACES = {  # kind of network: a tensor that it always has; where it may be, the
         ("cond_stage_model.transformer.text_model.", DIFFUSERS),
         ("cond_stage_model.transformer.", DIFFUSERS), ("cond_stage_model.model.", ORIGINAL),
         ("conditioner.embedders.0.model.", ORIGINAL), ("text_encoder/text_model.", DIFFUSERS),
-        ("text_encoder/", DIFFUSERS),
+        ("text_encoder/", DIFFUSERS), ("text_encoder.text_model.", DIFFUSERS),
+        ("text_encoder.", DIFFUSERS),
     )),
     "vision": ("position_embedding.weight", (  # of a safety checker; it moved once
         ("safety_checker/vision_model.vision_model.", DIFFUSERS),
@@ -411,10 +473,22 @@ def find_parts(source, vae_source):
     if vae_source is not None:
         vae = find_part(vae_source.tensors, "vae")
         require(vae, f"there is no VAE in {vae_source.path}; give another to --vae")
+        with blame(vae_source.path):
+            check_vae(vae_source, vae)
     require(vae, "it has no VAE. Give one with --vae FILE, any checkpoint's will do")
     lacks = "it is a distilled UNet, which lacks layers that all of Stable Diffusion's have"
     require(unet.find("middle.0.conv1.weight") or unet.find("down.2.0.conv1.weight"), lacks)
     return unet, text, vae
+
+
+def check_vae(source, vae):
+    """Is it for other latents? Shapes and names tell; a diffusers config was asked before."""
+    other = others.name_model(source.tensors)
+    require(not other, f"it is {other}: its VAE is for other latents")
+    alone = find_part(source.tensors, "unet") is None
+    names = [source.name, source.metadata.get("modelspec.architecture", "")] if alone else []
+    other = others.name_vae(vae.size("decoder.0.weight", 1), names)
+    require(not other, f"it is a VAE for {other}: its latents are others")
 
 
 # %% 4. Names --------------------------------------------------------------------------------------
@@ -625,6 +699,7 @@ OVERRIDES = {  # what a source may tell, by the part of the config, and of which
 }  # fmt: skip
 
 
+INSIDE = {"pad": "text", "scale": "vae"}  # those that stand deeper: where
 NEW = ("steps", "sampler", "spacing", "rescale", "zero_snr")  # what the first version did not know
 
 
@@ -715,95 +790,73 @@ def published_defaults(is_v2, widths, text_width, layers):
     }  # fmt: skip
 
 
-MARKS = (("v_pred", "prediction", "v"), ("ztsnr", "zero_snr", True))  # tensors that are only signs
-METADATA = (  # what a safetensors header may say: key, text, what that means
-    ("modelspec.prediction_type", "v|v.prediction", "prediction", "v"),
-    ("modelspec.prediction_type", "eps|epsilon", "prediction", "eps"),
-    ("modelspec.architecture", "stable-diffusion-v2-768-v.*", "prediction", "v"),
-    ("modelspec.resolution", "512(x512)?", "size", 512),
-    ("modelspec.resolution", "768(x768)?", "size", 768),
-    ("prediction_type", "v|v.prediction", "prediction", "v"),
-    ("prediction_type", "eps|epsilon", "prediction", "eps"),
-    ("ss_v_parameterization", "true", "prediction", "v"),
-    ("ss_zero_terminal_snr", "true", "zero_snr", True),
-)
-YAML = (  # a line of the original's or another program's config beside a file
-    (r"parameterization:[ \t]*[\"']?v\b", "prediction", "v"),
-    (r"parameterization:[ \t]*[\"']?eps\b", "prediction", "eps"),
-    (r"(rescale_betas_zero_snr|zero_terminal_snr|zsnr):[ \t]*[Tt]rue", "zero_snr", True),
-)
-TURBO = {"prediction": "eps", "spacing": "trailing", "sampler": "euler", "steps": 4, "cfg": 1.0}
-FEW_STEPS = {"sampler": "lcm", "steps": 4, "cfg": 1.0}  # latent consistency models
-WITH_ZERO_SNR = {"spacing": "trailing", "sampler": "ddim", "rescale": 0.7}  # as its authors have it
-
-
-def tell_facts(asked, source):
+def tell_facts(asked, source, is_v2=False):
     """Yield (what, value, who says so) of what a source says of itself, what counts most first."""
     for what, value in asked.items():
         if value is not None:
             yield what, value, f"--{what.replace('_', '-')} says so"
-    for mark, what, value in MARKS:
-        if mark in source.tensors:
-            yield what, value, f"it has a tensor {mark}"
-    noise = source.tensors.get("alphas_cumprod")
-    known = noise is not None and noise.shape == (1000,) and noise.dtype in FLOATS
-    if known and noise.float32()[-1] < 1e-6:
-        yield "zero_snr", True, "its alphas_cumprod end at 0"
-    for key, text, what, value in METADATA:
-        if re.fullmatch(text, source.metadata.get(key, "").lower()):
-            yield what, value, f"its header says {key}"
+    yield from facts.tell_tensors(source.tensors)
+    yield from facts.tell_header(source.metadata)
     for what in ("prediction", "size", "cfg", *NEW):
         if what in source.overrides:
             yield what, source.overrides[what], f"from {source.told_by}"
-    yield from tell_yaml(source.path)
-    names = " ".join([source.path.name, *source.names]).lower()
-    if re.search(r"(?<![a-z])(sd)?[-_ ]?turbo(?![a-z])", names):
-        for what, value in TURBO.items():
-            yield what, value, "its name says Turbo"
+    for what, part in INSIDE.items():
+        if what in source.overrides.get(part, {}):
+            yield what, source.overrides[part][what], f"from {source.told_by}"
+    for name, text in read_yaml(source.path):
+        yield from facts.tell_yaml(name, text)
+    if told := tokenizers.find_pad(source.tokenizer):
+        pad, who = told
+        if pad in tokenizers.PADS:
+            yield "pad", tokenizers.PADS[pad], who
+    yield from facts.tell_names([source.name, *source.names], is_v2)
     if any(layer + ".weight" in name for name in source.tensors for layer in guidance.LAYERS):
-        for what, value in FEW_STEPS.items():
+        for what, value in facts.FEW_STEPS.items():
             yield what, value, "it has learned guidance"
 
 
-def tell_yaml(path):
-    yaml = next((p for p in beside(path, path.stem + ".yaml") if path.is_file()), None)
-    if yaml is None:
-        return
-    with blame(yaml):
-        text = read_small(yaml, 1 << 20).decode(errors="replace")
-    for line, what, value in YAML:
-        if re.search(rf"^[ \t]*{line}", text, re.MULTILINE):
-            yield what, value, f"{yaml.name} beside it says so"
-    if "linear_start" in text and "parameterization:" not in text:
-        # A config of the original's; eps is its default.
-        yield "prediction", "eps", f"{yaml.name} beside it does not say v"
+def read_yaml(path):
+    """Yield the name and the text of the yaml beside a file, if there is one."""
+    if yaml := neighbours.find(path).get("yaml"):
+        with blame(yaml):
+            yield yaml.name, read_small(yaml, 1 << 20).decode(errors="replace")
 
 
-def beside(path, name):
-    """Yield the files of that name beside a file; and, if it is a link, beside what it leads to."""
-    for place in dict.fromkeys((path.parent, Path(os.path.realpath(path)).parent)):
-        if (place / name).is_file():
-            yield place / name
+def warn_of_facts(source, told):
+    """Yield a line for each thing that a source says of itself and that is not done."""
+    yield from source.remarks
+    usual = sd.Schedule(sd.scaled_linear(), "zero_snr" in told)
+    yield from facts.warn_of_schedule(
+        source.tensors, np.array([usual.abar(t) for t in range(1000)])
+    )
+    yield from facts.warn_of_header(source.metadata)
+    for name, text in read_yaml(source.path):
+        yield from facts.warn_of_yaml(name, text)
+    pad, who = tokenizers.find_pad(source.tokenizer) or ("!", "")
+    if pad not in tokenizers.PADS:
+        yield f"warning: its pad_token is {short(pad)} ({who}), which is none of CLIP's own tokens"
+    if "steps" not in told:
+        yield from facts.warn_of_names([source.name, *source.names])
 
 
 def find_facts(asked, source, is_v2, found):
     """-> {what: (value, who says so)}, the prediction always, the rest where it is not the usual"""
-    facts = {}
-    for what, value, who in tell_facts(asked, source):
-        facts.setdefault(what, (value, who))
-    if "prediction" not in facts:
-        facts["prediction"] = guess_prediction(is_v2, found)
-    if facts.get("zero_snr", (False,))[0]:
-        prediction, who = facts["prediction"]
+    told = {}
+    for what, value, who in tell_facts(asked, source, is_v2):
+        told.setdefault(what, (value, who))
+    if "prediction" not in told:
+        told["prediction"] = guess_prediction(is_v2, found)
+    if told.get("zero_snr", (False,))[0]:
+        prediction, who = told["prediction"]
         if prediction == "eps":
             not_used = "where nothing of x0 is left eps can't tell it"
             require(not asked.get("zero_snr"), f"it predicts eps ({who}), and {not_used}")
-            facts["prediction"] = prediction, f"{who}; zero terminal SNR is not used: {not_used}"
-            del facts["zero_snr"]
-            return facts
-        for what, value in WITH_ZERO_SNR.items():
-            facts.setdefault(what, (value, "as is usual with zero terminal SNR"))
-    return facts
+            told["prediction"] = prediction, f"{who}; zero terminal SNR is not used: {not_used}"
+            del told["zero_snr"]
+            return told
+        for what, value in facts.WITH_ZERO_SNR.items():
+            told.setdefault(what, (value, "as is usual with zero terminal SNR"))
+    return told
 
 
 def guess_prediction(is_v2, found):
@@ -823,26 +876,11 @@ def guess_prediction(is_v2, found):
     return prediction, f"{guess}; if pictures are blots, convert again with the other --prediction"
 
 
-def read_added_words(path, vocabulary):
-    """-> {word: [its id]}, of a folder's tokenizer; CLIP's own are not among them"""
-    if not (path / "tokenizer" / "added_tokens.json").is_file():
-        return {}
-    added = read_json(path / "tokenizer" / "added_tokens.json")
-    known = lambda i: type(i) is int and sd.END < i < vocabulary
-    return {word: [i] for word, i in added.items() if known(i) and word.strip()}
-
-
-def read_merges(path):
-    """CLIP's 48,894 merges, "a b" per line, as bytes. Headers go, and lines CLIP never used."""
-    with blame(path):
-        lines = read_small(path, 1 << 22).decode(errors="replace").split("\n")
-    lines = lines[1:] if lines[0].startswith("#version") else lines
-    pairs = [line.split() for line in lines[:48894]]
-    good = len(pairs) == 48894 and all(len(pair) == 2 for pair in pairs)
-    good = good and "\ufffd" not in str(pairs)
-    with blame(path):
-        require(good, "it is not CLIP's, expected 48,894 lines of two pieces")
-    return "".join(f"{a} {b}\n" for a, b in pairs).encode()
+def read_merges(source):
+    own = tokenizers.find_merges(source.tokenizer) if source.merges == MERGES else None
+    with blame(source.merges if own is None else source.path):
+        text = read_small(source.merges, 1 << 22).decode(errors="replace") if own is None else own
+        return tokenizers.read_merges(text)
 
 
 # %% 6. Writing ------------------------------------------------------------------------------------
@@ -938,6 +976,7 @@ def make_plan(source, vae_source, asked):
                 whole = not vae_source and not any(asked.values())
                 few = "--vae, --prediction, --zero-snr"
                 require(whole, f"it is no whole model, and {few} are for those")
+                plan.report += report_unreadable(source)
                 return plan
         return plan_model(source, vae_source, asked)
 
@@ -956,24 +995,43 @@ def plan_model(source, vae_source, asked):
     with blame((vae_source or source).path):
         odd = (vae_source or source).unreadable
         found += match(make_specs("vae", networks["vae"], vae), vae.tensors, odd)
-    facts = find_facts(asked, source, is_v2, found)
-    prediction, reason = facts.pop("prediction")
+    told = find_facts(asked, source, is_v2, found)
+    if vae_source and "scale" in (numbers := vae_source.overrides.get("vae", {})):
+        told["scale"] = numbers["scale"], f"from {vae_source.told_by}"
+    prediction, reason = told.pop("prediction")
     if is_v2 and prediction == "v":
-        facts.setdefault("size", (768, "as 2.x has it with v"))
-    config |= {"prediction": prediction} | {what: value for what, (value, _) in facts.items()}
-    if words := read_added_words(source.path, config["text"]["vocabulary"]):
+        told.setdefault("size", (768, "as 2.x has it with v"))
+    config["prediction"] = prediction
+    told = add_facts(config, told, is_v2)
+    rows = config["text"]["vocabulary"]
+    if words := tokenizers.find_words(source.tokenizer, rows):
         config["words"] = words
     check_config(config)
     name = short(config["name"])
-    report = [f"it predicts {prediction} ({reason})", *report_oddities(source, facts)]
-    report += [f"{what} {value} ({who})" for what, (value, who) in facts.items()]
+    report = [f"it predicts {prediction} ({reason})", *report_oddities(source)]
+    report += warn_of_facts(source, told)
+    report += [f"{what} {value} ({who})" for what, (value, who) in told.items()]
     report += [f"it knows {len(words)} more words: {', '.join(map(short, words))}"] if words else []
+    if (nameless := rows - sd.END - 1 - len(words)) > 0:
+        report += [f"warning: it knows {nameless} more words, but nothing here says which"]
+    other = neighbours.find_vae(source.path) if not (vae_source or source.path.is_dir()) else None
+    report += [f"there is {other.name} beside it: --vae takes that VAE"] if other else []
     report += report_unused(source, found, unet, vae_source)
     notes = f"{name}: {why}. {prediction}: {reason}."
-    merges = read_merges(source.merges)
+    merges = read_merges(source)
     plan = Plan(f"{name}, because {why}", config, found, notes, report, merges)
     plan.format = sd.FORMATS[bool(config.keys() & {*NEW, "words"})]
     return plan
+
+
+def add_facts(config, told, is_v2):
+    """Put facts into the config. -> those that are to be reported: not the usual pad and scale"""
+    usual = {"pad": 0 if is_v2 else sd.END, "scale": facts.SCALE}
+    for what, (value, _) in told.items():
+        (config[INSIDE[what]] if what in INSIDE else config)[what] = value
+    return {
+        what: fact for what, fact in told.items() if what not in usual or usual[what] != fact[0]
+    }
 
 
 def fold_guidance(found, unet):
@@ -1016,7 +1074,7 @@ def make_safety_specs(vision, width, layers, heads, projection):
 def plan_tiny_vae(source):
     if not source.tensors.keys() & set(taesd.FIRST) or find_part(source.tensors, "unet"):
         return None
-    other = taesd.OTHERS.search(source.path.name)
+    other = taesd.OTHERS.search(source.name)
     require(not other, f"it is a small VAE for {short(other and other[0])}, by its name")
     first = next(source.tensors[name] for name in taesd.FIRST if name in source.tensors)
     channels = first.shape[0] if first.shape else 0
@@ -1042,10 +1100,11 @@ def plan_vae(source):
     vae = find_part(source.tensors, "vae")
     if not vae or any(find_part(source.tensors, kind) for kind in ("unet", "text")):
         return None
-    other = re.search("sd_?xl", source.path.name, re.IGNORECASE)
-    require(not other, "it is a VAE for SDXL, by its name: its latents are others")
+    check_vae(source, vae)
     config = published_defaults(False, [64] * 4, 64, 1) | {"text": {}, "unet": {}}
     config = override(config, source.overrides, source.told_by)["vae"]
+    scales = ((value, who) for what, value, who in tell_facts({}, source) if what == "scale")
+    config["scale"], who = next(scales, (facts.SCALE, ""))
     config["widths"] = read_vae_widths(vae)
     numbers = {"groups": config["groups"], "scale": config["scale"]}
     good = len(config["widths"]) == 4 and sd.divides(config["groups"], *config["widths"])
@@ -1054,8 +1113,10 @@ def plan_vae(source):
     )
     network = sd.VAE(config["widths"], config["groups"]).parameters()
     found = match(make_specs("vae", network, vae), vae.tensors, source.unreadable)
+    unusual = config["scale"] != facts.SCALE
+    report = [f"scale {config['scale']} ({who})"] if unusual else []
     config = {"kind": "vae", "vae": config}
-    return Plan("a VAE", config, found, format=sd.FORMATS[1])
+    return Plan("a VAE", config, found, report=report, format=sd.FORMATS[1])
 
 
 def plan_controlnet(source):
@@ -1076,29 +1137,33 @@ def plan_controlnet(source):
         raise NotConvertible(f"it is a ControlNet, but {problem}") from None
     # Some, for the mood of a picture, correct all positions alike. The tensors do not say which;
     # other programs, too, go by the file's name.
-    pool = bool(source.overrides.get("pool", "shuffle" in source.path.stem))
+    pool = bool(source.overrides.get("pool", "shuffle" in source.name.lower()))
     config = {"kind": "controlnet", "unet": numbers, "pool": pool}
-    return Plan(f"a ControlNet for {'2.x' if is_v2 else '1.x'}", config, found)
+    who = source.told_by if "pool" in source.overrides else "by its name"
+    report = [f"it corrects all positions alike ({who})"] if pool else []
+    return Plan(f"a ControlNet for {'2.x' if is_v2 else '1.x'}", config, found, report=report)
 
 
 def plan_textual_inversion(source):
-    """Vectors for a new word, which is the tensor's name; or the file's, if that says nothing."""
-    if len(source.tensors) != 1:
+    """Vectors for new words, which are the tensors' names; or the file's, if these say nothing."""
+    names = [*source.tensors]
+    keyed = any(embeddings.KEYED.match(name) for name in names)
+    small = all(len(t.shape) in (1, 2) and t.shape[-1] < 2048 for t in source.tensors.values())
+    plain = small and all(map(embeddings.PLAIN.fullmatch, names))
+    if not names or others.name_part(names) or not keyed and not plain:
         return None
-    ((name, tensor),) = source.tensors.items()
-    keyed = name.split(".")[0] in ("string_to_param", "emb_params")
-    small = len(tensor.shape) in (1, 2) and tensor.shape[-1] < 2048
-    plain = re.fullmatch(r"<?[\w -]+>?", name) and not others.name_part([name])
-    if not keyed and not (plain and small):
-        return None
-    word, shape = source.path.stem if keyed else name, (1,) * (2 - len(tensor.shape)) + tensor.shape
-    good = word.strip() == word != "" and word.isprintable() and len(word) <= 100
-    require(good, "it is a textual inversion, but its word is none: rename the file")
-    good = len(shape) == 2 and tensor.dtype in FLOATS and 0 < shape[0] <= 75
-    there = f"{short(name)} is {tensor.shape}, of type {tensor.dtype}"
-    require(good, f"it is a textual inversion, but {there}, expected 1 to 75 vectors")
-    kind = f"a textual inversion: {short(word)}, {shape[0]} vectors"
-    found = [Found(TensorSpec(word, shape), name, tensor)]
+    words, found = embeddings.find_words(names, source.path.stem), []
+    for word, (name, tensor) in zip(words, source.tensors.items(), strict=True):
+        good = word.strip() == word != "" and word.isprintable() and len(word) <= 100
+        require(good, "it is a textual inversion, but its word is none: rename the file")
+        shape = (1,) * (2 - len(tensor.shape)) + tensor.shape
+        good = len(shape) == 2 and tensor.dtype in FLOATS and 0 < shape[0] <= 75
+        there = f"{short(name)} is {tensor.shape}, of type {tensor.dtype}"
+        require(good, f"it is a textual inversion, but {there}, expected 1 to 75 vectors")
+        found.append(Found(TensorSpec(word, shape), name, tensor))
+    each = [f"{short(spec.flat)}, {spec.shape[0]} vectors" for spec, _, _ in found]
+    kind = f"a textual inversion: {'; '.join(each[:5])}"
+    kind += f"; and {len(each) - 5} more words" if len(each) > 5 else ""
     return Plan(kind, {"kind": "words"}, found)  # a name that the first version's files have
 
 
@@ -1107,6 +1172,7 @@ def plan_lora(source):
     if not lora.is_lora(source.tensors) or find_part(source.tensors, "unet"):
         return None
     layers, rest = lora.group(source.tensors)
+    empty = lora.drop_empty(layers)
     scales, known = lora.read_peft_scales(read_peft_config(source)), name_lora_layers()
     for layer, names in layers.items():
         there = {"diff_b": "bias", "up_bias": "bias"}  # and all other parts need a weight
@@ -1131,10 +1197,15 @@ def plan_lora(source):
     forms = ", ".join(lora.name_forms({part for names in layers.values() for part in names}))
     kind = f"a LoRA{forms and f' ({forms})'} for {len(layers)} layers"
     report = [f"warning: {n} tensors were left out ({what})" for what, n in bundled.items()]
+    if empty:
+        few = ", ".join(map(short, sorted(empty)[:5]))
+        report += [
+            f"warning: {len(empty)} tensors, for layers with no change, were left out: {few}"
+        ]
     if unknown:
         few = ", ".join(map(short, unknown[:5]))
         report += [f"warning: {len(unknown)} tensors are unknown and were left out: {few}"]
-    report = [f"{used} tensors used", *report] if report else []
+    report = source.remarks + ([f"{used} tensors used", *report] if report else [])
     plain = all(each.spec.flat.rpartition(".")[2] in lora.LORA for each in found)
     plan = Plan(f"{kind}, {text} of them the text encoder's", {"kind": "lora"}, found)
     plan.report, plan.format = report, sd.FORMATS[0 if plain else 1]
@@ -1144,9 +1215,10 @@ def plan_lora(source):
 def read_peft_config(source):
     """What PEFT tells beside the weights, or among them; {} where it tells nothing."""
     text = source.metadata.get("lora_adapter_metadata", "")
-    if not text and source.path.name.startswith("adapter_model"):
-        for config in beside(source.path, "adapter_config.json"):
-            return read_json(config)
+    named = source.path.name.startswith("adapter_model") or lora.is_peft(source.tensors)
+    if not text and named and (file := neighbours.find(source.path).get("adapter")):
+        source.remarks.append(f"alpha and rank are what {file.name} beside it says")
+        return read_json(file)
     try:
         config = json.loads(text or "{}")
     except (ValueError, RecursionError):
@@ -1193,23 +1265,6 @@ def match_lora_layer(specs, names, tensors, scales):
 # named as unknown. An unknown one is no error, but whoever trained something new into a model
 # should hear that it was left behind.
 
-NOT_NEEDED = (  # what it is, how its name begins
-    # The original, too, loads the raw weights where a file has both (use_ema is False there). The
-    # files that people share mostly have one kind, and the averages are stored as if they were raw.
-    ("averaged copies (EMA)", r"(first_stage_model\.)?model_ema\."),
-    ("noise schedule", r"(betas|alphas_cumprod|sqrt_|log_one_minus_|posterior_|lvlb_weights)"),
-    ("noise schedule", r"(denoiser\.|logvar$|scale_factor$|v_pred$|ztsnr$)"),
-    ("position numbers", r".*position_ids$"),
-    ("scales of 8 bits", r".*[._](scaled_fp8|comfy_quant|scale_weight|scale_input)$"),
-    ("scales of 8 bits", r".*[._](weight|input)_scale$"),
-    ("training losses", r"(first_stage_model\.)?loss\.|embedding_manager\."),
-    ("the text encoder's unread end", r".*\.model\.transformer\.resblocks\.23\."),
-    ("the text encoder's unread end", r".*\.model\.(text_projection|logit_scale|attn_mask)"),
-    ("CLIP's other half", r"(cond_stage_model|text_encoder).*[./](vision_model|visual_projection)"),
-    ("CLIP's other half", r"(cond_stage_model|text_encoder).*[./](text_projection|logit_scale)"),
-    ("safety checker", r"safety_checker\."),
-)
-
 
 def tell(line):
     sd.say(line, sys.stdout)
@@ -1234,17 +1289,18 @@ def convert(
     source, vae = Path(source), vae and Path(vae)
     asked = {"prediction": prediction, "zero_snr": zero_snr or None}
     with what_was_not_done(source, output):
-        name, source = source, fetch(source, log)
+        source = fetch(source, log)
         place = Path(os.path.abspath(source)) if source.is_dir() else source  # "." has no name
         beside = place.parent / name_output(place)
-        if source != name:  # it came from the hub, and lies in a cache
-            beside = Path(f"{name.name}.flat.safetensors")
+        if hub.whence(place):  # not into the hub's cache
+            beside = Path(name_output(place))
         output = Path(output or beside)
         check_output(output)
         plan, sources = read_plan(source, vae, safety and Path(safety), asked, verify, log)
         check_overwriting(output, source, plan.found)
         if made_from:
-            log(f"{source.name} is not a flat file. Converting it once, to {output}")
+            name = hub.whence(source) or source.name
+            log(f"{name} is not a flat file. Converting it once, to {output}")
         for line in (f"{source}: {plan.kind}", *plan.report):
             log(sd.printable(line))
         metadata = make_metadata(source, sources, plan)
@@ -1272,8 +1328,8 @@ def what_was_not_done(source, output=None):
 
 
 def fetch(source, log):
-    """-> source, or where it is a name on the hub a folder with what is there."""
-    if source.parent.is_dir() or not hub.NAME.fullmatch(str(source)):
+    """-> source, or where it is a name on the hub what that names, a folder or a file."""
+    if not hub.parse(str(source)) or Path(source.parts[0]).is_dir():
         return source
     weights = {part: diffusers.WEIGHTS[part] for part in (*MODEL, "safety_checker")}
     return hub.fetch(str(source), weights, log)
@@ -1305,8 +1361,9 @@ def make_metadata(path, sources, plan):
     name = lambda file: str(file.relative_to(path)) if inside(file) else file.name
     sums = {name(file): hash_file(file) for source in sources for file in source.files}
     metadata = {
-        "format": plan.format, "config": json.dumps(plan.config), "source": path.name,
-        "notes": plan.notes or plan.kind, "sha256": json.dumps(sums, sort_keys=True),
+        "format": plan.format, "config": json.dumps(plan.config),
+        "source": hub.whence(path) or neighbours.full_name(path), "notes": plan.notes or plan.kind,
+        "sha256": json.dumps(sums, sort_keys=True),
     }  # fmt: skip
     return {name: text.encode("utf-8", "replace").decode() for name, text in metadata.items()}
 
@@ -1317,7 +1374,8 @@ def hash_file(path):
 
 
 def name_output(path):
-    return f"{path.name if path.is_dir() else path.stem}.flat.safetensors"
+    name = "-".join(hub.whence(path).split("/")[1:]) or neighbours.title(path)
+    return f"{name if path.is_dir() else Path(name).stem}.flat.safetensors"
 
 
 def check_output(output):
@@ -1343,27 +1401,26 @@ def check_overwriting(output, path, found):
         raise ConversionError(f"{output} exists and is not a flat file. Give -o another name.")
 
 
-def report_oddities(source, facts):
+def report_oddities(source):
     if source.mentions:
         few = ", ".join(short(name) for name in sorted(source.mentions)[:5])
         more = f" and {len(source.mentions) - 5} more" if len(source.mentions) > 5 else ""
         yield f"this file mentions {few}{more}, which was not loaded"
-    schedule = sd.Schedule(sd.scaled_linear(), "zero_snr" in facts)
-    tensor = source.tensors.get("alphas_cumprod")
-    if tensor is not None and tensor.shape == (1000,) and tensor.dtype in FLOATS:
-        computed = np.array([schedule.abar(t) for t in range(1000)])
-        # More than bfloat16 rounds away?
-        if not np.all(np.abs(tensor.float32() - computed) <= computed / 256 + 1e-7):
-            yield (
-                "warning: it was trained with another noise schedule than Stable Diffusion's (its "
-                "alphas_cumprod differ); sd.py does not know that one and pictures may suffer"
-            )
+    yield from report_unreadable(source)
+
+
+def report_unreadable(source):
+    """Tensors that are not needed: without one that is, there is no plan."""
+    needed = lambda name: not any(re.match(mark, name) for _, mark in others.NOT_NEEDED)
+    if odd := sorted(filter(needed, source.unreadable)):
+        few = ", ".join(f"{short(name)} ({source.unreadable[name]})" for name in odd[:5])
+        yield f"warning: {len(odd)} tensors can not be read here and were left out: {few}"
 
 
 def report_unused(source, found, unet, vae_source):
     """What became of each tensor of the source."""
     replaced = ("the VAE that --vae replaces", r"first_stage_model\.|vae\.")
-    not_needed = (*NOT_NEEDED, replaced) if vae_source else NOT_NEEDED
+    not_needed = (*others.NOT_NEEDED, replaced) if vae_source else others.NOT_NEEDED
     used = {name for spec, name, _ in found if not (vae_source and spec.flat.startswith("vae."))}
     reason = lambda name: next((what for what, mark in not_needed if re.match(mark, name)), None)
     reasons = {name: reason(name) for name in source.tensors.keys() - used}
@@ -1398,34 +1455,41 @@ def kept_files():
             yield path, header
 
 
+def fingerprint(path):
+    """-> what changes when one of the files of path does: of their names, sizes and times"""
+    files = neighbours.find_files(path)
+    told = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return hashlib.sha256(repr(told).encode(errors="surrogateescape")).hexdigest()
+
+
 def flat_file(path, log, folder=None):
-    """What sd.py reads in place of path: made from it before, or now.
+    """What sd.py reads in place of path, or of a name on the hub: made from it before, or now.
 
     It is kept in the folder, by default beside the source, or in the cache folder where that is not
-    writable or the name is taken. It says in its header from which files it was made, with their
-    sizes and times, and is used again only for these.
+    writable or the name is taken, or what it is made from lies in the hub's cache. It says in its
+    header from which files it was made, with their sizes and times, and is used again only for
+    these.
     """
+    with what_was_not_done(path):
+        path = fetch(Path(path), log)
     path = Path(os.path.abspath(path))  # a link keeps its own name, and what lies beside it
-    files = [path]
-    if path.is_dir():
-        named = (path / "model_index.json", path / "config.json", path / "unet")
-        if not any(one.exists() for one in named):
-            raise ConversionError(f"{path} is a folder, but not one of a model.")
-        files = sorted(f for part in ("*", "*/*") for f in path.glob(part) if f.is_file())
-    facts = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    made_from = hashlib.sha256(repr(facts).encode(errors="surrogateescape")).hexdigest()
+    if path.is_dir() and not neighbours.is_folder(path):
+        raise ConversionError(f"{path} is a folder, but not one of a model.")
+    made_from, source = fingerprint(path), hub.whence(path)
     name, cache = name_output(path), cache_folder()
-    home, cached = (folder or path.parent) / name, cache / f"{made_from[:12]}-{name}"
-    if not home.parent.is_dir():
+    cached = cache / f"{made_from[:12]}-{name}"
+    home = cached if source and not folder else (folder or path.parent) / name
+    if home != cached and not home.parent.is_dir():
         raise ConversionError(f"there is no folder {home.parent} to keep it in. Make it first.")
     clear_stale(home.parent)
     clear_stale(cache)
     for place in (home, cached):
         if sd.read_header(place).get("made_from") == made_from:
-            log(f"using {place}, made from {path.name} before")
+            log(f"using {place}, made from {source or path.name} before")
             return place
-    # Only what was made in this way before may be replaced.
-    free = not os.path.lexists(home) or "made_from" in sd.read_header(home)
+    # Only what was made in this way before may be replaced; repositories may share a name.
+    old = sd.read_header(home)
+    free = "made_from" in old and source in ("", old.get("source")) or not os.path.lexists(home)
     place = home if free and os.access(home.parent, os.W_OK) else cached
     if place == cached:
         cache.mkdir(parents=True, exist_ok=True)

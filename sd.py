@@ -633,8 +633,7 @@ class UNet(nn.Module):
     widths: the channels of the four levels; heads: attention's on each (the lowest has attention in
     the middle only); channels: 9 for inpainting models (section 10); corrections: what section 13
     adds to the skip connections and to x in the middle. The rows are those of
-    input_blocks and output_blocks in modules/diffusionmodules/openaimodel.py:413.
-    """
+    input_blocks and output_blocks in modules/diffusionmodules/openaimodel.py:413."""
 
     def __init__(self, widths, heads, groups, context_width, channels=4):
         super().__init__()
@@ -693,8 +692,7 @@ class UNet(nn.Module):
 
 def go_down(network, x, t, context, hint=0):
     """The way down and the middle, of a UNet or a ControlNet (section 13), which adds a hint to x
-    after the first row. -> x, 12 skip connections, the time (1, 4 c1) as the ResBlocks want it.
-    """
+    after the first row. -> x, 12 skip connections, the time (1, 4 c1) as the ResBlocks want it."""
     silu = ACTIVATIONS["silu"]
     time = network.time1(time_features(t, network.c1).astype(x.dtype)[None])
     time = silu(network.time2(silu(time)))
@@ -750,8 +748,7 @@ class AttentionBlock(nn.Module):
 
 class VAE(nn.Module):
     """widths: the channels of the four levels, from the picture's down. There are no skip
-    connections: only the latents get through. (models/autoencoder.py:285)
-    """
+    connections: only the latents get through. (models/autoencoder.py:285)"""
 
     def __init__(self, widths, groups):
         super().__init__()
@@ -827,8 +824,7 @@ class VAE(nn.Module):
 
 def sample_ddim(denoise, x, timesteps, schedule, draw=None):
     """One UNet call a step [3]. As in the original (models/diffusion/ddim.py:166) the last goes to
-    t = 0, the least noise of training: abar is 0.99915, a standard deviation of 0.03 is left in.
-    """
+    t = 0, the least noise of training: abar is 0.99915, a standard deviation of 0.03 is left in."""
     for t, t_next in itertools.pairwise([*timesteps, 0]):
         x0, eps = denoise(x, t)
         x = schedule.add_noise(x0, eps, t_next)
@@ -921,8 +917,7 @@ class StableDiffusion:
     of DTYPES; default float16 on a GPU, float32 on a CPU. The VAE, whose numbers outgrow float16 in
     some models, has float32. changes: section 12's; only a DoRA's place among them matters. fast:
     see section 9. reader: a function (sd, sentences) -> context, to read prompts otherwise than as
-    CLIP does; 77 may grow to a multiple. Everywhere here what the user can fix raises SDError.
-    """
+    CLIP does; 77 may grow to a multiple. Everywhere here what the user can fix raises SDError."""
 
     def __init__(self, path=TINY, dtype=None, changes=(), *, fast=True, reader=None):
         config, weights = read_flat(path)
@@ -1012,8 +1007,7 @@ class StableDiffusion:
         away from, in the place of ""; not asked for at cfg 1. width, height: in pixels, multiples
         of 8; default what the model was trained on, or the task's. rng: a function of a seed that
         returns draw(shape), default section 9's torch_normal. latents: x to begin with. context:
-        (2, 77, width), without and with the prompt, at cfg 1 (1, 77, width); instead of prompts.
-        """
+        (2, 77, width), without and with the prompt, at cfg 1 (1, 77, width); instead of prompts."""
         own = lambda name, value: vars(self.config)[name] if value is None else value
         task, cfg, steps = task or TextToImage(), own("cfg", cfg), own("steps", steps)
         sampler, rescale = own("sampler", sampler), own("rescale", rescale)
@@ -1023,8 +1017,8 @@ class StableDiffusion:
             raise SDError(f"{self.path} paints into pictures only: give it a picture and a mask.")
         b, h, w = n_images, height // 8, width // 8
         sentences = [prompt] if cfg == 1 else [negative_prompt, prompt]
-        if negative_prompt and cfg == 1:
-            say_once("at cfg 1 the negative prompt is not used.")
+        if cfg == 0 or negative_prompt and cfg == 1:
+            say_once(f"at cfg {cfg:g} the {'negative ' * bool(cfg)}prompt is not used.")
         expect(np.shape(latents) in ((), (b, h, w, 4)), "latents", np.shape(latents), (b, h, w, 4))
         if context is not None:
             expect(len(context) == len(sentences), "context", context.shape, "one row a sentence")
@@ -1062,18 +1056,17 @@ class StableDiffusion:
 
     def img2img(self, prompt, image, strength=0.75, width=None, height=None, **options):
         """image: see load_picture; holes in it get the colours around; strength: see section 10."""
-        picture, _ = picture_and_mask(image, None, width, height)
+        picture, _ = picture_and_mask(image, None, width, height, self.config.size)
         return self.paint(prompt, ImageToImage(picture, strength), **options)
 
     def inpaint(self, prompt, image, mask=None, strength=1.0, width=None, height=None, **options):
         """image, mask: see picture_and_mask."""
-        picture, mask = picture_and_mask(image, mask, width, height)
+        picture, mask = picture_and_mask(image, mask, width, height, self.config.size)
         return self.paint(prompt, inpainting(self.config, picture, mask, strength), **options)
 
     def controlled(self, *controls):
         """(ControlNet, picture (8h, 8w, 3) in [0, 1], weight) each -> a StableDiffusion that has
-        the same networks, and follows these pictures, too (section 13).
-        """
+        the same networks, and follows these pictures, too (section 13)."""
         other = object.__new__(type(self))
         vars(other).update(vars(self), controls=(*self.controls, *read_controls(self, controls)))
         return other
@@ -1310,8 +1303,7 @@ def read_tokenizer(config, weights):
 def write_complete(path, write, overwrite=True):
     """A file that appears complete or not at all: write(file) under another name, then this one.
     -> its path; without overwrite that or the first of path-2, path-3 ... that is free. Locked
-    while it is written: what nobody holds locked was left by a process that was killed.
-    """
+    while it is written: what nobody holds locked was left by a process that was killed."""
     number, part = tempfile.mkstemp(PART, ".", path.parent)
     try:
         with open(number, "wb") as file:
@@ -1348,8 +1340,7 @@ def torch_normal(seed):
     NumPy's old generator is PyTorch's: a Mersenne twister of 32-bit words. Their low 24 bits make
     uniform numbers in [0, 1). Of 16 at a time the first 8 are paired with the last 8, and each pair
     becomes two normal numbers (Box and Muller: a radius and an angle). If the size is no multiple
-    of 16, the last 16 are drawn once more. (PyTorch's ATen/native/cpu/DistributionTemplates.h)
-    """
+    of 16, the last 16 are drawn once more. (PyTorch's ATen/native/cpu/DistributionTemplates.h)"""
     twister = np.random.RandomState(seed % 2**32)
 
     def uniform(count):
@@ -1493,7 +1484,7 @@ MOST_PIXELS = 1 << 24  # 4096 x 4096, of a picture to paint; one to be resized m
 PICTURES = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 
-def open_picture(file, most=3 << 24):
+def open_picture(file):
     """A path, an open file or a PIL picture -> a PIL picture, turned as its EXIF note says. Only of
     formats that people paint from: Pillow goes by what is in a file, and starts a program for some.
     """
@@ -1502,43 +1493,52 @@ def open_picture(file, most=3 << 24):
     try:
         with warnings.catch_warnings(action="ignore"):
             image = file if isinstance(file, Image.Image) else Image.open(file, formats=PICTURES)
-            if math.prod(image.size) > most or max(image.size) > 1 << 16:
-                raise OverflowError(f"{image.size} are too many pixels: at most {most} can be")
+            if math.prod(image.size) > 3 * MOST_PIXELS or max(image.size) > 1 << 16:
+                raise OverflowError(f"{image.size} are too many pixels: at most 50 million can be")
             return ImageOps.exif_transpose(image)
     except Exception as error:  # noqa: BLE001  Pillow raises all kinds for damaged files
         raise SDError(f"{file} is not readable as a picture: {error}") from None
 
 
-def load_picture(file, width=None, height=None, green_is_hole=False):
+def load_picture(file, width=None, height=None, side=None, green_is_hole=False):
     """file, as for open_picture -> (RGB (h, w, 3), what is opaque (h, w)), float32 in [0, 1];
-    resized to width and height, by default the nearest multiples of 64. green_is_hole: pure green
-    counts as transparent, which is not for masks and poses, where green is a colour.
-    """
-    image = open_picture(file, 3 << 24 if width and height else MOST_PIXELS)
+    resized to width and height, and cropped where they need it; by default see fit. green_is_hole:
+    pure green counts as transparent, which is not for masks and poses, where green is a colour."""
+    image = open_picture(file)
     if image.mode.startswith("I"):  # grey with 16 bits; Pillow would cut it off at 255
         image = Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8))
     pixels = np.array(image.convert("RGBA"))
     if green_is_hole:  # before resizing mixes it with others
         pixels[(pixels[..., :3] == (0, 255, 0)).all(2), 3] = 0
     image = Image.fromarray(pixels)
-    size = tuple(n or max(64, round(m / 64) * 64) for n, m in zip((width, height), image.size))
+    size = fit(image.size, width, height, side)
     name = Path(file).name if isinstance(file, (str, Path)) else "the picture"
     expect(math.prod(size) <= MOST_PIXELS, f"the size of {name}", size, "at most 4096 x 4096")
     if size != image.size:
         say("{}: resized {} x {} to {} x {}".format(name, *image.size, *size))
-        image = image.resize(size, Image.LANCZOS)
+        image = ImageOps.fit(image, size, Image.LANCZOS)
     pixels = np.asarray(image, np.float32) / 255
     return pixels[..., :3], pixels[..., 3]
 
 
-def picture_and_mask(image, mask=None, width=None, height=None):
+def fit(size, width, height, side):
+    """-> (width, height): what is given; else in the proportions of size; if neither is, of side^2
+    pixels, unless size has from half to twice as many."""
+    w, h = size
+    share = w * h / side**2 if side else 1
+    scale = 1 if 0.5 <= share <= 2 else share**-0.5
+    scale = width / w if width else height / h if height else scale
+    return tuple(n or max(64, round(m * scale / 8) * 8) for n, m in zip((width, height), size))
+
+
+def picture_and_mask(image, mask=None, width=None, height=None, side=None):
     """-> picture (8h, 8w, 3), mask (8h, 8w), 1 where to paint: where the mask is white, or opaque
-    if it is not all so. Without one where the picture is transparent or pure green, and there it
+    if some of it is clear. Without one where the picture is transparent or pure green, and there it
     gets the colours around."""
-    picture, opaque = load_picture(image, width, height, green_is_hole=True)
+    picture, opaque = load_picture(image, width, height, side, green_is_hole=True)
     if mask is not None:
         white, there = load_picture(mask, *opaque.shape[::-1])
-        return picture, np.float32((white.mean(2) if there.min() == 1 else there) > 0.5)
+        return picture, np.float32((white.mean(2) if there.min() > 0.5 else there) > 0.5)
     hole = np.float32(opaque < 0.5)
     if not hole.any():
         return picture, hole
@@ -1715,8 +1715,8 @@ OPTIONS = (  # name, type, default, what it means
 )  # fmt: skip
 
 
-def make_parser():
-    parser = argparse.ArgumentParser("sd.py", description="Paint a prompt with Stable Diffusion.")
+def make_parser(make=argparse.ArgumentParser):
+    parser = make("sd.py", description="Paint a prompt with Stable Diffusion.")
     nouns = {str: "TEXT", int: "N", float: "S", Path: "FILE"}
     for name, kind, default, text in OPTIONS:
         text = text.replace("SAMPLERS", ", ".join(SAMPLERS))

@@ -1,12 +1,12 @@
 """`python sd.py`'s command line, whole: sd.py's own options and all that sd_more/ knows besides.
 
-    options  ->  check  ->  prepare: a model, a task, what generate_latents is told  ->  Painter
+    options  ->  check  ->  load: a model and a task  ->  Painter: each line, each seed
 
 Whatever can be wrong is found out before the painting begins, and said in one message: what, with
 which value, and what to do now. No file that is there is overwritten.
 """
 
-import argparse
+import copy
 import math
 import sys
 import time
@@ -16,213 +16,44 @@ from pathlib import Path
 import convert_weights
 import sd
 import sd_more.samplers  # noqa: F401  it adds samplers to sd.SAMPLERS
-from sd import ImageToImage, SDError, StableDiffusion, TextToImage, expect
-from sd_more.batch import count_processes, read_prompts, share_of_this_process
+from sd import ImageToImage, SDError, StableDiffusion, TextToImage
+from sd_more import library
+from sd_more.batch import read_prompts, share_of_this_process
 from sd_more.console import command
 from sd_more.guidance import USUAL, guided, has_guidance
-from sd_more.infotext import read_parameters, write_parameters
+from sd_more.infotext import write_parameters
 from sd_more.low_memory import LowMemory
 from sd_more.noise import GENERATORS
-from sd_more.output import check_output, name_step, save_png
-from sd_more.pictures import grey, grid
+from sd_more.options import (
+    DEFAULT_PROMPT,
+    check,
+    check_numbers,
+    choose_device,
+    parse,
+    parse_line,
+    path_and_number,
+)
+from sd_more.output import choose_name, name_step, save_picture
+from sd_more.pictures import enlarge, grey, grid, read_input
 from sd_more.prompts import name_unused, read_weighted, show_tokens, without_loras
 from sd_more.safety import SafetyChecker, check_safety, load_checker
 from sd_more.textual_inversion import textual_inversion
 from sd_more.vae import other_vae, read_kind, with_tiny_vae
 
-# %% Options ---------------------------------------------------------------------------------------
-
-DEFAULT_PROMPT = sd.make_parser().get_default("prompt")
-EXAMPLES = """examples:
-  python sd.py --prompt "a blue boat at night" --seed 7
-  python sd.py --prompt "a green tree" --n-images 4 --n-rows 2
-  python sd.py --model sd-v1-4.ckpt --prompt "a lighthouse in a storm, oil on canvas"
-
---model, --lora, --embedding and --controlnet also take files of other programs, and diffusers
-folders, which are converted once. With --image and no --prompt the prompt is empty.
-"""
+# %% Prompts and LoRAs -----------------------------------------------------------------------------
 
 
-def make_parser():
-    p = sd.make_parser()
-    p.set_defaults(prompt=None)  # choose_prompts knows what it is then
-    p.formatter_class, p.epilog = argparse.RawDescriptionHelpFormatter, EXAMPLES
-    # fmt: off
-    g = p.add_argument_group("which prompts, and how they are read")
-    g.add_argument("--prompts", type=Path, metavar="FILE",
-                   help="paint each line of this text")
-    g.add_argument("--plain-prompt", action="store_true",
-                   help="read it as CLIP alone does: 75 tokens, and brackets are characters")
-    g.add_argument("--show-tokens", action="store_true",
-                   help="paint nothing, only print how the prompt is cut into tokens")
-    g = p.add_argument_group("which noise, and as in which picture")
-    g.add_argument("--rng", default="torch", choices=GENERATORS,
-                   help="what makes noise of the seed: PyTorch as on a CPU, NumPy, PyTorch as on "
-                        "an NVIDIA GPU (philox), MLX; default torch")
-    g.add_argument("--from-png", type=Path, metavar="FILE",
-                   help="with the options that this picture was made with; those given here win; "
-                        "another program's picture comes out only similar")
-    g.add_argument("--spacing", choices=sd.SPACINGS,
-                   help="which timesteps the sampler takes; default the model's or sampler's own")
-    g.add_argument("--rescale", type=float, metavar="S",
-                   help="how much of the contrast that guidance adds to take away, 0 to 1")
-    g = p.add_argument_group("from a picture")
-    g.add_argument("--image", type=Path, metavar="FILE",
-                   help="begin with this; if a part is transparent or pure green, paint only that")
-    g.add_argument("--strength", type=float, metavar="S",
-                   help="how much of the way from noise to walk: 0.3 touches up, 1 keeps next to "
-                        "nothing; default 0.75, and 1 where only a part is painted")
-    g.add_argument("--mask", type=Path, metavar="FILE",
-                   help="paint only where this picture is white")
-    g.add_argument("--controlnet", action="append", default=[], metavar="FILE[:WEIGHT]",
-                   help="a ControlNet; may be repeated")
-    g.add_argument("--control-image", action="append", default=[], metavar="FILE",
-                   help="what it is to follow, such as edges; one for each")
-    g = p.add_argument_group("changes to the model")
-    g.add_argument("--lora", action="append", default=[], metavar="FILE[:STRENGTH]",
-                   help="a LoRA, for a style or a face; may be repeated")
-    g.add_argument("--lora-dir", type=Path, metavar="FOLDER",
-                   help="where the files are that <lora:NAME:STRENGTH> in a prompt names")
-    g.add_argument("--embedding", "--words", action="append", default=[], metavar="FILE",
-                   help="a textual inversion, whose name becomes a word of the prompt; may be "
-                        "repeated")
-    g.add_argument("--vae", type=Path, metavar="FILE",
-                   help="another VAE, or TAESD's, which is small and fast")
-    g.add_argument("--clip-skip", type=int, metavar="N",
-                   help="2: leave out the text model's last layer, and so on; in 2.x the last one "
-                        "is left out anyway, and does not count; default 1")
-    g.add_argument("--no-safety-check", dest="safety_check", action="store_false",
-                   help="show what the model's safety checker, if it has one, would black out")
-    g.add_argument("--converted", type=Path, metavar="FOLDER",
-                   help="where converted files are kept; default beside what they are made of")
-    g = p.add_argument_group("memory, and what is saved")
-    g.add_argument("--low-memory", action="store_true",
-                   help="one network in memory at a time, one picture at a time, the VAE in tiles")
-    g.add_argument("--decode-batch", type=int, default=1, metavar="N",
-                   help="how many to decode at once: faster on a GPU, more memory; default 1")
-    g.add_argument("--n-rows", type=int, metavar="N",
-                   help="put all into one picture with N rows; default a file each")
-    g.add_argument("--save-every", type=int, metavar="N",
-                   help="also the picture after every N steps, as NAME-step-010.png")
-    # fmt: on
-    return p
-
-
-def parse(argv):
-    """-> the options, those of --from-png included; given: names of those on the command line."""
-    parser = make_parser()
-    args, given = parser.parse_args(argv), read_given(argv)
-    if args.from_png is not None:
-        # Options that may be repeated replace the picture's; argparse alone would add to them.
-        repeated = {name: [] for name, value in given.items() if isinstance(value, list)}
-        parser.set_defaults(**read_parameters(args.from_png, given) | repeated)
-        args = parser.parse_args(argv)
-    args.given, args.guidance = sorted(given), None
-    return args
-
-
-def read_given(argv):
-    """-> {option: value}, of those on the command line."""
-    parser, nothing = make_parser(), object()
-    usual = vars(parser.parse_args([]))
-    parser.set_defaults(**{k: [] if isinstance(v, list) else nothing for k, v in usual.items()})
-    found = vars(parser.parse_args(argv))
-    return {name: value for name, value in found.items() if value is not nothing and value != []}
-
-
-def check(args):
-    """SDError for whatever can be found wrong without a model."""
-    size = [64 if n is None else n for n in (args.width, args.height)]  # what is not given is right
-    right = {"cfg": 1.0, "steps": 1, "sampler": "plms"}  # likewise
-    right |= {name: vars(args)[name] for name in right if vars(args)[name] is not None}
-    sd.check_options(
-        "", "", args.seed, **right, width=size[0], height=size[1], n_images=args.n_images
-    )
-    sd.choose_dtype(args.dtype)
-    expect(args.rng in GENERATORS, "rng", args.rng, f"one of {', '.join(GENERATORS)}")
-    spacings = f"one of {', '.join(sd.SPACINGS)}"
-    expect(args.spacing in (None, *sd.SPACINGS), "spacing", args.spacing, spacings)
-    expect(args.rescale is None or 0 <= args.rescale <= 1, "rescale", args.rescale, "0 to 1")
-    for name, n in (("--save-every", args.save_every), ("--decode-batch", args.decode_batch)):
-        expect(n is None or n >= 1, name, n, "at least 1")
-    if args.n_rows is not None:
-        good = 1 <= args.n_rows <= args.n_images
-        expect(good, "--n-rows", args.n_rows, f"1 to {args.n_images} (--n-images)")
-        if count_processes() > 1:
-            raise SDError("--n-rows needs all pictures: paint with one process, not several.")
-    if "prompt" in args.given and args.prompts:
-        raise SDError("give --prompt or --prompts, not both: add it to the file.")
-    if args.image is None and (args.mask is not None or args.strength is not None):
-        option = "--strength" if args.mask is None else "--mask"
-        raise SDError(f"{option} needs a picture: give --image, too.")
-    if len(args.controlnet) != len(args.control_image):
-        raise SDError(
-            f"there are {len(args.controlnet)} --controlnet and {len(args.control_image)} "
-            "--control-image: give one of the second for each of the first."
-        )
-    for text in [*args.lora, *args.controlnet]:
-        path_and_number(text)
-    if args.lora_dir is not None and not args.lora_dir.is_dir():
-        raise SDError(f"--lora-dir: there is no folder {args.lora_dir}. Is the name right?")
-    if not args.show_tokens:
-        check_output(args.output)
-    for sentence in name_useless(args):
-        sd.say_once(sentence)
-
-
-TOKENS = {"prompt", "prompts", "plain_prompt", "show_tokens", "model", "embedding", "from_png"}
-
-
-def name_useless(args):
-    """-> a sentence for each option on the command line that changes nothing."""
-    options = {name: "--" + name.replace("_", "-") for name in args.given}
-    options |= {"safety_check": "--no-safety-check"} if "safety_check" in options else {}
-    if args.show_tokens:
-        idle = ", ".join(options[name] for name in args.given if name not in {*TOKENS, "lora_dir"})
-        return [f"--show-tokens paints nothing; without effect: {idle}."] if idle else []
-    share = args.strength if args.image and 0 < (args.strength or 0) <= 1 else 1
-    steps = math.inf if args.steps is None else int(share * args.steps)  # or the model's own
-    one = "there is only one picture (--n-images)" if args.n_images == 1 else ""
-    why = {
-        "decode_batch": one if args.decode_batch > 1 else "",
-        "n_rows": one,
-        "save_every": f"of steps there are {steps}" if (args.save_every or 0) >= steps else "",
-        "clip_skip": "1 leaves out no layer" if args.clip_skip == 1 else "",
-        "rescale": "at cfg 1 there is no guidance" if args.cfg == 1 else "",
-    }
-    found = [(name, vars(args)[name], text) for name, text in why.items() if text]
-    found += [("lora", text, "its strength is 0") for text in args.lora if is_zero(text)]
-    found += [("controlnet", text, "its weight is 0") for text in args.controlnet if is_zero(text)]
-    return [
-        f"{options[name]} {value} has no effect: {text}."
-        for name, value, text in found
-        if name in options
-    ]
-
-
-def is_zero(text):
-    return path_and_number(text)[1] == 0
-
-
-def choose_prompts(args):
+def choose_lines(args):
+    """-> the options of each prompt that is to be painted."""
     if args.prompts:
-        return read_prompts(args.prompts)
+        lines = read_prompts(args, parse_line)
+        for line in lines:
+            check_numbers(line)
+        return lines
+    line = copy.copy(args)
     default = "" if args.image else DEFAULT_PROMPT
-    return [default if args.prompt is None else args.prompt]
-
-
-def path_and_number(text):
-    """FILE or FILE:NUMBER -> path, number; 1 if there is none."""
-    if Path(text).exists():
-        return Path(text), 1.0
-    file, _, number = text.rpartition(":")
-    try:
-        path, number = (file, float(number)) if file else (text, 1.0)
-    except ValueError:  # a colon in the name
-        path, number = text, 1.0
-    if not math.isfinite(number):
-        raise SDError(f"{text}: the number must be finite, mostly 0 to 1, got {number}.")
-    return Path(path), number
+    line.prompt = default if args.prompt is None else args.prompt
+    return [line]
 
 
 def add_loras(args, prompts):
@@ -230,8 +61,7 @@ def add_loras(args, prompts):
     each = [[] if args.plain_prompt else without_loras(prompt)[1] for prompt in prompts]
     if any(tags != each[0] for tags in each):
         raise SDError("the lines of --prompts name different LoRAs: paint them one by one.")
-    if args.lora_dir is not None and not each[0]:
-        sd.say_once("--lora-dir has no effect: no prompt has <lora:NAME:STRENGTH>.")
+    strengths = {}  # of one that stands there twice both count
     for kind, (name, *numbers) in each[0]:
         path, strength = find_lora(args, name), read_strength(numbers)
         if kind == "hypernet":
@@ -239,11 +69,10 @@ def add_loras(args, prompts):
         elif strength is None:
             problem = "its strength must be one number"
         elif path is None:
-            problem = (
-                "--lora-dir has no such file" if args.lora_dir else "give --lora-dir or --lora"
-            )
+            problem = "no --folder has such a file" if args.folder else "give --folder or --lora"
         else:
-            set_strength(args, path, strength)
+            strengths[path] = strengths.get(path, 0) + strength
+            set_strength(args, path, strengths[path])
             continue
         tag = ":".join([kind, name, *numbers])[:80]
         sd.say_once(f"<{tag}> in the prompt is left out: {problem}.")
@@ -266,28 +95,18 @@ def set_strength(args, path, strength):
 
 
 def find_lora(args, name):
-    """-> the file of that name, of --lora or in --lora-dir; None if there is none."""
-    paths = [path_and_number(text)[0] for text in args.lora]
-    if args.lora_dir is not None:
-        found = sorted(args.lora_dir.rglob("*"), key=lambda path: (".flat" in path.suffixes, path))
-        paths += [path for path in found if path.suffix in (".safetensors", ".pt", ".ckpt", ".bin")]
-    same = (path for path in paths if path.stem.removesuffix(".flat").lower() == name.lower())
-    return next(same, None)
+    """-> the file of that name, of --lora or in a --folder; None if there is none."""
+    for text in args.lora:
+        path = path_and_number(text)[0]
+        if Path(path).stem.removesuffix(".flat").lower() == name.lower():
+            return path
+    found = library.look_up(name, args.folder)
+    if len(found) > 1:
+        sd.say_once(f"of {len(found)} files called {name} the first is taken: {found[0]}.")
+    return str(found[0]) if found else None
 
 
 # %% Model and task --------------------------------------------------------------------------------
-
-
-def prepare(args):
-    """-> the model, the task, and what generate_latents is told of every picture."""
-    model = load_model(args)
-    task = make_task(args, model.config)
-    if args.controlnet:
-        model = model.controlled(*load_controls(args, model, task))
-    names = "negative_prompt", "width", "height"
-    sampling = {name: vars(args)[name] for name in names} | {"rng": GENERATORS[args.rng]}
-    return model, task, sampling | choose_habits(args, model.config)
-
 
 HABITS = ("steps", "sampler", "spacing", "cfg", "rescale")
 
@@ -302,25 +121,24 @@ def choose_habits(args, config):
         sd.say_once(f"the model's own {few}.")
     habits = {name: vars(args)[name] for name in HABITS} | own
     steps, sampler, cfg = (habits[name] for name in ("steps", "sampler", "cfg"))
-    sd.check_options("", "", args.seed, steps, cfg, sampler, 64, 64, args.n_images)
+    sd.check_options("", "", args.seed[0], steps, cfg, sampler, 64, 64, args.n_images)
     return habits
 
 
 def load_model(args):
-    kept = args.converted
-    path = flat_file(args.model, kept)
-    loras = [
-        (flat_file(path, kept), strength) for path, strength in map(path_and_number, args.lora)
-    ]
-    changes = [sd.lora(path, strength) for path, strength in loras]
-    changes += [textual_inversion(flat_file(Path(path), kept)) for path in args.embedding]
+    find = lambda option, text: flat_file(find_file(args, option, text), args)
+    path = find("model", args.model)
+    loras = [path_and_number(text) for text in args.lora]
+    changes = [sd.lora(find("lora", text), strength) for text, strength in loras]
+    changes += [textual_inversion(find("embedding", text)) for text in args.embedding]
     changes += [] if args.clip_skip is None else [sd.clip_skip(args.clip_skip)]
     if has_guidance(path):  # then --cfg is what it is told, and there is no second answer
         args.guidance, args.cfg = USUAL if args.cfg is None else args.cfg, 1.0
         changes += [guided(args.guidance)]
-    tiny = args.vae and flat_file(args.vae, kept)
-    if args.vae and read_kind(tiny) != "tiny vae":
+    tiny = find("vae", args.vae) if args.vae else None
+    if tiny and read_kind(tiny) != "tiny vae":
         changes, tiny = [*changes, other_vae(tiny)], None
+    progress(args, f"loading {path.name}")
     # LowMemory reads no weights before they are used, and for tokens none are.
     model = LowMemory if args.low_memory or args.show_tokens else StableDiffusion
     reader = None if args.plain_prompt else read_weighted
@@ -328,10 +146,28 @@ def load_model(args):
     return with_tiny_vae(model, tiny) if tiny else model
 
 
+KINDS = {"model": "model", "lora": "LoRA", "embedding": "embedding", "vae": "VAE",
+         "controlnet": "ControlNet"}  # fmt: skip
+
+
+def find_file(args, option, text):
+    """-> what the text of an option means; nothing is fetched because a picture names it."""
+    return library.find(text, args.folder, KINDS[option], fetch=option not in args.told)
+
+
+def flat_file(path, args):
+    """path, or for another program's file what convert_weights.py makes of it, once."""
+    ours = sd.read_header(path).get("format", "").startswith("sd.py")
+    if ours or not path.exists():  # a path that is not there gets its message from read_flat
+        return path
+    return convert_weights.flat_file(path, sd.say, args.converted)
+
+
 def make_task(args, config):
     if args.image is None:
         return TextToImage()
-    picture, mask = sd.picture_and_mask(args.image, args.mask, args.width, args.height)
+    image, mask = read_input(args.image), args.mask and read_input(args.mask, mask=True)
+    picture, mask = sd.picture_and_mask(image, mask, args.width, args.height, config.size)
     strength = {} if args.strength is None else {"strength": args.strength}
     if args.mask is None and mask.mean() <= 0.005:  # not for a few green or transparent pixels
         return ImageToImage(picture, **strength)
@@ -344,12 +180,10 @@ def load_controls(args, model, task):
     """-> (ControlNet, picture, weight) each"""
     size = tuple(task.size(model.config, args.width, args.height))
     for text, image in zip(args.controlnet, args.control_image):
-        path, weight = path_and_number(text)
-        yield (
-            sd.ControlNet(flat_file(path, args.converted), model.dtype),
-            load_hint(image, size, path),
-            weight,
-        )
+        name, weight = path_and_number(text)
+        path = find_file(args, "controlnet", name)
+        network = sd.ControlNet(flat_file(path, args), model.dtype)
+        yield network, load_hint(image, size, path), weight
 
 
 def load_hint(image, size, path):
@@ -362,12 +196,23 @@ def load_hint(image, size, path):
     return picture
 
 
-def flat_file(path, folder=None):
-    """path, or for another program's file what convert_weights.py makes of it, once."""
-    ours = sd.read_header(path).get("format", "").startswith("sd.py")
-    if ours or not path.exists():  # a path that is not there gets its message from read_flat
-        return path
-    return convert_weights.flat_file(path, sd.say, folder)
+def read_hash(path):
+    """-> how AUTOMATIC1111's program names a model: of its file's SHA-256 the first 10 digits; None
+    where a flat file was made from several, or does not say.
+    """
+    sums = convert_weights.read_sums(sd.read_header(path))
+    return str(next(iter(sums.values())))[:10] if len(sums) == 1 else None
+
+
+def name_size(width, height, config):
+    """Said where a picture is far larger than what the model was trained on."""
+    times = width * height / config.size**2
+    if times > 2:
+        sd.say_once(
+            f"{width} x {height} is {times:.1f} times what the model was trained on, "
+            f"{config.size} x {config.size}: it takes more than {times:.0f} times as long, and "
+            "things may be there twice. --upscale paints at the model's size first."
+        )
 
 
 # %% Painting --------------------------------------------------------------------------------------
@@ -379,85 +224,128 @@ class Painter:
 
     model: StableDiffusion
     task: TextToImage
-    sampling: dict  # what generate_latents is told of every picture
-    recipe: dict  # all that makes them again, for the text in their files
+    recipe: dict  # what makes the pictures again besides what a line says, for the text in them
     checker: SafetyChecker | None
-    output: Path
-    decode_batch: int = 1
-    n_rows: int | None = None
-    save_every: int | None = None
+    rows: list  # pictures that wait for the rest of their prompt's, with --n-rows
 
-    def paint(self, prompt, seed, count, number):
-        """count pictures, from this seed on. number: that of the first among all processes'."""
-        steps = len(self.task.timesteps(range(self.sampling["steps"])))
-        text = prompt if self.recipe["plain_prompt"] else without_loras(prompt)[0]
-        walk = self.model.generate_latents(
-            text, seed=seed, n_images=count, task=self.task, **self.sampling
-        )
-        for i, x in report_steps(walk, steps):
-            if self.save_every and i % self.save_every == 0 and i < steps:
-                for k, picture in enumerate(self.finish(x, seed)):
-                    path = name_step(self.choose_name(number + k), i)
-                    self.save(picture, path, prompt, seed + k, images=f"step {i}")
-        pictures = self.finish(x, seed)
-        if self.n_rows:
-            images, size = f"{count} in {self.n_rows} rows", pictures[0].size
-            self.save(grid(pictures, self.n_rows), self.output, prompt, seed, size, images)
+    def paint(self, line, seed, count, number):
+        """count pictures, from this seed on, as the options of their line say. number: that of the
+        first among all processes' pictures.
+        """
+        habits = choose_habits(line, self.model.config)
+        sampling = habits | {
+            "negative_prompt": line.negative_prompt, "width": line.width, "height": line.height,
+            "rng": GENERATORS[line.rng], "n_images": count, "seed": seed,
+        }  # fmt: skip
+        prompt = line.prompt if line.plain_prompt else without_loras(line.prompt)[0]
+        task, model = self.task, self.model
+        name_size(*task.size(model.config, line.width, line.height), model.config)
+
+        def keep(i, x):
+            if line.save_every and i % line.save_every == 0 and i < len(steps):
+                for k, picture in enumerate(self.finish(line, model, task, x, seed)):
+                    path = name_step(choose_name(line.output, prompt, seed + k, number + k), i)
+                    self.save(picture, path, line, seed + k, images=f"step {i}")
+
+        steps = task.timesteps(range(habits["steps"]))
+        walk = model.generate_latents(prompt, task=task, **sampling)
+        x = self.follow(line, walk, len(steps), keep)
+        if line.upscale:
+            model, task, x = self.paint_over(line, prompt, sampling, x)
+        pictures = self.finish(line, model, task, x, seed)
+        size = tuple(self.task.size(self.model.config, line.width, line.height))
+        if line.n_rows:
+            self.rows += pictures
+            if len(self.rows) == line.n_images * len(line.seed):
+                images = f"{len(self.rows)} in {line.n_rows} rows"
+                path = choose_name(line.output, prompt, line.seed[0], number)
+                sheet = grid(self.rows, line.n_rows)
+                self.save(sheet, path, line, line.seed[0], size, images)
+                self.rows.clear()
         else:
             for k, picture in enumerate(pictures):
-                self.save(picture, self.choose_name(number + k), prompt, seed + k)
+                path = choose_name(line.output, prompt, seed + k, number + k)
+                self.save(picture, path, line, seed + k, size)
 
-    def finish(self, x, seed):
+    def follow(self, line, walk, steps, keep=None):
+        """Walk to the end, and say how long it takes. -> the last x"""
+        end = "\r" if sys.stderr.isatty() else "\n"
+        start = time.perf_counter()
+        for i, x in enumerate(walk, 1):
+            pace = (time.perf_counter() - start) / i
+            text = f"step {i}/{steps}  {pace:.2f} s a step  {pace * (steps - i):.0f} s left "
+            progress(line, text, end if i < steps else "\n")
+            if keep is not None:
+                keep(i, x)
+        return x
+
+    def paint_over(self, line, prompt, sampling, x):
+        """Enlarge what was painted, and paint over it: a large picture that holds together, from a
+        model that was trained on small ones. -> the model, the task, the latents
+        """
+        pictures = self.model.to_pictures(x, TextToImage(), line.decode_batch)
+        picture = enlarge(pictures, line.upscale)
+        strength = 0.5 if line.upscale_strength is None else line.upscale_strength
+        task = Enlarged(picture, strength)
+        steps = len(task.timesteps(range(sampling["steps"])))
+        progress(line, "painting over {2} x {1}".format(*picture.shape))
+        model = self.model.controlled()  # the same networks
+        model.controls = ()
+        size = {"width": picture.shape[2], "height": picture.shape[1]}
+        walk = model.generate_latents(prompt, task=task, **sampling | size)
+        return model, task, self.follow(line, walk, steps)
+
+    def finish(self, line, model, task, x, seed):
         """Latents -> PIL pictures, black where the safety checker wants it."""
-        pictures = self.model.to_pictures(x, self.task, self.decode_batch)
+        progress(line, "decoding")
+        pictures = model.to_pictures(x, task, line.decode_batch)
         if self.checker is None:
             return pictures
-        pictures, flagged = check_safety(self.model, pictures, self.checker)
+        pictures, flagged = check_safety(model, pictures, self.checker)
         for i in flagged:
             sd.say(f"sd.py: the safety checker blacked out seed {seed + i}")
         return pictures
 
-    def choose_name(self, number):
-        """Processes keep away from each other's names; one alone takes what is free."""
-        if count_processes() == 1 or number == 0:
-            return self.output
-        return self.output.with_stem(f"{self.output.stem}-{number + 1}")
-
-    def save(self, picture, path, prompt, seed, size=None, images=1):
-        width, height = size or picture.size
-        text = write_parameters(self.recipe, prompt, seed, width, height, images)
-        sd.say(f"saved {save_png(picture, path, text)}", sys.stdout)
+    def save(self, picture, path, line, seed, size=None, images=1):
+        width, height = size or picture.size  # before it was enlarged, or put into rows
+        recipe = vars(line) | self.recipe | choose_habits(line, self.model.config)
+        recipe |= {} if line.guidance is None else {"cfg": line.guidance}
+        text = write_parameters(recipe, line.prompt, seed, width, height, images)
+        sd.say(f"saved {save_picture(picture, path, text)}", sys.stdout)
 
 
-def report_steps(walk, steps):
-    """Yield (number, x) of each step, and say how long the rest will take."""
-    end = "\r" if sys.stderr.isatty() else "\n"
-    start = time.perf_counter()
-    for i, x in enumerate(walk, 1):
-        pace = (time.perf_counter() - start) / i
-        line = f"step {i}/{steps}  {pace:.2f} s a step  {pace * (steps - i):.0f} s left "
-        sd.say(line, end=end if i < steps else "\n")
-        yield i, x
+class Enlarged(ImageToImage):
+    """Image to image, from one picture for each in the batch."""
+
+    def __init__(self, pictures, strength):
+        super().__init__(pictures[0], strength)
+        self.picture = sd.mx.array(pictures)
 
 
-def name_spacing(sampler):
-    """-> the sampler's own, where a picture must say so, for the first version's was another"""
-    spacing = sd.SAMPLERS[sampler].spacing
-    return spacing if spacing == "linspace" else None
+def progress(args, text, end="\n"):
+    if not args.quiet:
+        sd.say(text, end=end)
 
 
 def make_painter(args):
-    model, task, sampling = prepare(args)
-    recipe = vars(args) | {
-        **{name: sampling[name] for name in HABITS},
-        "cfg": sampling["cfg"] if args.guidance is None else args.guidance,
-        "spacing": sampling["spacing"] or name_spacing(sampling["sampler"]),
+    model = load_model(args)
+    task = make_task(args, model.config)
+    if args.upscale and not isinstance(task, TextToImage | ImageToImage):
+        raise SDError("--upscale is for whole pictures, not for a part that is painted anew.")
+    if args.controlnet:
+        model = model.controlled(*load_controls(args, model, task))
+    recipe = {
         "dtype": str(model.dtype).removeprefix("mlx.core."),
         "strength": task.strength if isinstance(task, ImageToImage) else None,
+        "model_hash": read_hash(model.path),
     }
+    told = args.model_hash if args.model != sd.TINY else None  # infotext.name_model says that
+    if told and recipe["model_hash"] not in (None, told):
+        sd.say_once(f"--from-png: the hash of its model is {told}, {args.model} is another.")
     checker = load_checker(model) if args.safety_check else None
-    saving = args.output, args.decode_batch, args.n_rows, args.save_every
-    return Painter(model, task, sampling, recipe, checker, *saving)
+    if not args.safety_check and model.config.safety is None:
+        sd.say_once("--no-safety-check has no effect: the model has no safety checker.")
+    return Painter(model, task, recipe, checker, [])
 
 
 # %% Main ------------------------------------------------------------------------------------------
@@ -465,20 +353,29 @@ def make_painter(args):
 
 def main(argv=None):
     with command("sd.py"):
-        run(parse(argv))
+        run(parse(sys.argv[1:] if argv is None else argv))
 
 
 def run(args):
+    choose_device(args.device)
+    if args.list or args.clear:
+        if args.clear:
+            convert_weights.list_kept(clear=True)
+        for line in library.listing(args.folder) if args.list else ():
+            sd.say(line, sys.stdout)
+        return
     check(args)
-    prompts = choose_prompts(args)
-    add_loras(args, prompts)
-    read = [prompt if args.plain_prompt else without_loras(prompt)[0] for prompt in prompts]
+    lines = choose_lines(args)
+    add_loras(args, [line.prompt for line in lines])
+    read = [x.prompt if x.plain_prompt else without_loras(x.prompt)[0] for x in lines]
     if args.show_tokens:
         model = load_model(args)
         for prompt in read:
             show_tokens(model, prompt)
         return
     painter = make_painter(args)
-    name_unused(painter.model, [*read, args.negative_prompt])
-    for prompt, first, count, number in share_of_this_process(prompts, args.n_images):
-        painter.paint(prompt, args.seed + first, count, number)
+    for line in lines:
+        line.lora, line.cfg, line.guidance = args.lora, line.cfg, args.guidance
+    name_unused(painter.model, [*read, *(line.negative_prompt for line in lines)])
+    for line, seed, count, number in share_of_this_process(lines):
+        painter.paint(line, seed, count, number)

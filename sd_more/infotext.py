@@ -6,8 +6,9 @@ introduced and others read and write, too.
     Steps: 50, Sampler: PLMS, CFG scale: 7.5, Seed: 42, Size: 512x512, Model: sd15, RNG: CPU, ...
 
 What is written has the names that AUTOMATIC1111's program knows. What is read may be ours, of any
-age, or that program's, Forge's, SD.Next's or stable-diffusion.cpp's, also in a JPEG or WebP. Of
-theirs each field that is not done here is said, and so is who made a picture whose text is another.
+age, or that program's, Forge's, SD.Next's or stable-diffusion.cpp's, also in a JPEG or WebP, or
+what workflows.py finds in a PNG of ComfyUI, InvokeAI or NovelAI. Of theirs each field that is not
+done here is said, and so is who made a picture whose text is another.
 """
 
 import json
@@ -16,6 +17,7 @@ import shlex
 from pathlib import Path
 
 from sd import SAMPLERS, TINY, SDError, open_picture, say_once
+from sd_more.workflows import read_workflow
 
 MOST_TEXT = 100_000
 EXIF, USER_COMMENT = 0x8769, 0x9286  # where a JPEG has the text
@@ -60,6 +62,13 @@ def read_sampler(text):
     return name if name in SAMPLERS else text
 
 
+def read_sampler_option(text):
+    """As somebody may write it: also "DPM++ 2M Karras"."""
+    name = read_sampler(text)
+    both = f"{name}-karras"
+    return both if text.lower().endswith(" karras") and both in SAMPLERS else name
+
+
 def read_schedule(values):
     """A field of its own in AUTOMATIC1111's program since 1.9, before that the sampler's last word.
     "Automatic" is what suits the sampler.
@@ -90,6 +99,7 @@ PARAMETERS = {  # name in the text: (option of the command line, how to read its
     "CFG scale": ("cfg", float),
     "Seed": ("seed", int),
     "RNG": ("rng", read_rng),
+    "Model hash": ("model_hash", str),
     "Spacing": ("spacing", str),
     "CFG rescale": ("rescale", float),
     "dtype": ("dtype", str),
@@ -101,19 +111,21 @@ PARAMETERS = {  # name in the text: (option of the command line, how to read its
     "Words": ("embedding", shlex.split),
     "ControlNet": ("controlnet", shlex.split),
     "Control image": ("control_image", shlex.split),
-    "Model file": ("model", Path),
-    "VAE file": ("vae", Path),
+    "Model file": ("model", str),
+    "VAE file": ("vae", str),
+    "Hires upscale": ("upscale", float),
+    "Upscale strength": ("upscale_strength", float),
     "Plain prompt": ("plain_prompt", read_flag),
     "Low memory": ("low_memory", read_flag),
 }
 THEIRS = {
     "steps", "sampler", "cfg scale", "cfg rescale", "seed", "rng", "denoising strength",
-    "clip skip",
+    "clip skip", "model hash",
 }  # fmt: skip
 SCHEDULED = {"sampler", "spacing"}  # either says what the schedule is
 KNOWN = {name.lower(): how for name, how in PARAMETERS.items()}
 HARMLESS = {  # fields of others that change nothing here, or that are read with another one
-    "model", "model hash", "vae hash", "version", "size", "time", "user", "images",
+    "model", "vae hash", "version", "size", "time", "user", "images",
     "batch size", "batch pos", "lora hashes", "ti hashes", "hashes", "app", "backend", "parser",
     "pipeline", "operations", "init image hash", "init image size", "created date", "guidance",
     "civitai resources", "civitai metadata", "pad conds", "prompt lines",
@@ -129,12 +141,14 @@ def write_parameters(options, prompt, seed, width, height, images=1):
     "negative_prompt"; images: how many, or which, are in this file.
     """
     sampler = options["sampler"]
+    if SAMPLERS[sampler].spacing == "linspace" and not options.get("spacing"):
+        options = options | {"spacing": "linspace"}  # the first version's was another
     sampler, schedule = THEIR_SAMPLERS.get(sampler, (sampler.upper(), None))
     schedule = "Karras" if options.get("spacing") == "karras" else schedule
     found = {"Steps": options["steps"], "Sampler": sampler}
     found |= {"Schedule type": schedule} if schedule else {}
     found |= {"CFG scale": options["cfg"], "Seed": seed, "Size": f"{width}x{height}"}
-    found |= {"Model": options["model"].stem}
+    found |= {"Model": Path(options["model"]).stem}
     found |= {"RNG": THEIR_RNG.get(options["rng"], options["rng"])}
     for name, (option, _) in PARAMETERS.items():
         value = options.get(option)
@@ -161,24 +175,55 @@ def read_parameters(path, given=()):
     line; nothing is said of what they settle.
     """
     given = dict(given)
-    lines = find_text(path).split("\n")
-    at = max(i for i, line in enumerate(lines) if line.startswith("Steps: "))
-    fields = {read_key(name): (name, value) for name, value in split_fields(lines[at].rstrip("\r"))}
-    values = {key: value for key, (_, value) in fields.items()}
-    ours = values.get("version") == "sd.py"
-    # A text that names another program has none of our own fields.
-    known = KNOWN.keys() if ours or "version" not in values else THEIRS
     try:
-        options = read_prompts(lines[:at], ours, values.get("prompt lines") if ours else None)
+        options, fields, known = find_settings(path, given)
+        values = {key: value for key, (_, value) in fields.items()}
         options |= read_fields(values, known)
+    except SDError:
+        raise
     except ValueError as error:
-        raise SDError(f"--from-png {path}: its parameters are not readable ({error}).") from None
-    settle(options, values, ours, given)
+        why = shorten(str(error), 200)
+        raise SDError(f"--from-png {path}: its parameters are not readable ({why}).") from None
+    settle(options, values, values.get("version") == "sd.py", given)
     not_done = name_not_done(fields, known, options, given)
     if not_done:
         say_once(f"--from-png {path}: not done here: {shorten(', '.join(not_done), 1000)}")
     name_model(path, values, options | given)
     return options
+
+
+def find_settings(path, given):
+    """-> {option: prompt}, {name in lower case: (name, text)}, which of these names are read"""
+    texts, size = find_texts(path)
+    if text := find_text(path, texts):
+        return read_text(text)
+    try:
+        found = read_workflow(texts, size, given)
+    except SDError as error:
+        raise SDError(f"--from-png {path}: {error}") from None
+    if found:
+        prompts, fields = found
+        fields = {read_key(name): (name, text) for name, text in fields.items()}
+        return prompts, fields, {*THEIRS, "spacing"}
+    if maker := find_maker(texts):
+        raise SDError(
+            f"--from-png {path}: {maker} made it, whose settings are not read here: give --prompt, "
+            "--seed and the like."
+        )
+    raise SDError(f"--from-png {path}: it does not say how it was made.")
+
+
+def read_text(text):
+    """-> as find_settings"""
+    lines = text.split("\n")
+    at = max(i for i, line in enumerate(lines) if line.startswith("Steps: "))
+    fields = {read_key(name): (name, value) for name, value in split_fields(lines[at].rstrip("\r"))}
+    version = fields.get("version", (None, None))[1]
+    ours = version == "sd.py"
+    count = fields.get("prompt lines", (None, None))[1] if ours else None
+    # A text that names another program has none of our own fields.
+    known = KNOWN.keys() if ours or version is None else THEIRS
+    return read_prompts(lines[:at], ours, count), fields, known
 
 
 def read_prompts(lines, ours, count):
@@ -210,6 +255,9 @@ def settle(options, values, ours, given):
     """What takes more than one field, and what others mean where they say nothing."""
     if not ours:
         options.setdefault("rng", "philox")  # AUTOMATIC1111's noise is the GPU's
+        if options["rng"] not in OUR_RNG.values():
+            say_once(f"its noise is {shorten(options['rng'])}'s, which is not done here.")
+            options["rng"] = "torch"
     if read_schedule(values) == "karras":
         name = f"{options.get('sampler')}-karras"
         options |= {"sampler": name} if name in SAMPLERS else {"spacing": "karras"}
@@ -282,25 +330,24 @@ def unquote(value):
 # %% Where the text is, and whose ------------------------------------------------------------------
 
 
-def find_text(path):
-    """-> the text of a picture that has a line of settings, or SDError that says whose it is."""
+def find_texts(path):
+    """-> {chunk: text} of a picture, its size"""
     try:
         image = open_picture(path)
     except SDError as error:
         raise SDError(f"--from-png: {error}") from None
     texts = {name: text for name, text in image.info.items() if isinstance(text, str)}
-    texts |= {"comment": read_comment(image)}
+    return texts | {"comment": read_comment(image)}, image.size
+
+
+def find_text(path, texts):
+    """-> the text that has a line of settings, or None."""
     for text in (texts.get("parameters", ""), texts["comment"]):
         if len(text) > MOST_TEXT:
             raise SDError(f"--from-png {path}: its text has {len(text):,} characters, too many.")
         if "\nSteps: " in f"\n{text}":
             return text
-    if maker := find_maker(texts):
-        raise SDError(
-            f"--from-png {path}: {maker} made it, whose settings are not read here: give --prompt, "
-            "--seed and the like."
-        )
-    raise SDError(f"--from-png {path}: it does not say how it was made.")
+    return None
 
 
 def find_maker(texts):

@@ -1,7 +1,9 @@
-"""Several pictures as one, and pictures of numbers as grey ones."""
+"""Several pictures as one, larger ones, and pictures of numbers as grey ones."""
 
 import numpy as np
 from PIL import Image
+
+import sd
 
 
 def grid(pictures, rows):
@@ -12,6 +14,27 @@ def grid(pictures, rows):
     for i, picture in enumerate(pictures):
         sheet.paste(picture, (i % columns * w, i // columns * h))
     return sheet
+
+
+def enlarge(pictures, factor):
+    """PIL pictures of one size -> (b, 8h, 8w, 3) in [0, 1], factor times as wide and high, to the
+    nearest multiples of 8, by Lanczos' filter.
+    """
+    size = [max(64, round(n * factor / 8) * 8) for n in pictures[0].size]
+    sd.expect(size[0] * size[1] <= sd.MOST_PIXELS, "the size", size, "at most 4096 x 4096")
+    large = [picture.resize(size, Image.LANCZOS) for picture in pictures]
+    return np.stack([np.asarray(picture, np.float32) / 255 for picture in large])
+
+
+def read_input(path, mask=False):
+    """-> path, or where its numbers are not those of a picture the grey picture that they mean; of
+    a mask the largest is white, be it 255 or 65535.
+    """
+    picture = sd.open_picture(path)
+    if mask and picture.mode.startswith(("I", "F")):
+        numbers = np.nan_to_num(np.asarray(picture, np.float64))
+        return Image.fromarray(np.uint8(255 * (numbers > numbers.max() / 2)))
+    return grey(picture) if picture.mode == "F" else path
 
 
 def grey(picture):

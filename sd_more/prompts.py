@@ -21,8 +21,9 @@ whatever its case, as there, and also as embedding:word, which is how ComfyUI wr
 Two things are otherwise there. That the shorter one of prompt and negative prompt is filled up with
 chunks without words is an option there; here it is always so. And what has a meaning only there, or
 for its extensions, is read as text, and said: [a:b:0.5] and [a|b], which change the prompt on the
-way, AND between two prompts, {a|b} and __a__ for chance. <lora:name:0.8> is no part of a prompt:
-without_loras() leaves it out.
+way, AND between two prompts, {a|b} and __a__ for chance; and the marks of other programs, such as
+a++, (a)1.3, {a}, a::2, --ar 16:9 and an embedding: that is not loaded. <lora:name:0.8> is no part
+of a prompt: without_loras() leaves it out.
 """
 
 import re
@@ -46,7 +47,13 @@ LORA = re.compile(r"<(lora|lyco|hypernet):([^<>]*)>")
 STRANGE = re.compile(
     r"""
       (?<! \\) \[ [^\[\]]* \]             # [a|b]  [a:b:0.5], or only [a], see changes()
-    | \{ [^{}|]* \| [^{}]* \}               # {a|b}
+    | [^\[\]]{0,100} : \s* \d* \.? \d+ \s* \] # the end of [[a] b:c:0.5]
+    | \{ [^{}]+ \}                         # {a|b}, or {a}, which is more in NovelAI
+    | \b embedding : [\w.-]+              # a word that is not loaded
+    | [\w)] (?: \+\+ | -- ) (?! [\w-] )    # a++, compel's
+    | \) \d+ (?: \.\d+ )?                 # (a)1.3, likewise
+    | :: \s* -? [\d.]+                    # a::2
+    | (?<! \S) --? [a-z]+ \s+ [\d.:]+     # --ar 16:9
     | (?<! \w) __ \w \S{0,100}? __ (?! \w) # __a__
     | \b AND \b
     """,
@@ -211,7 +218,7 @@ def read_weighted(model, sentences):
     """-> (number of sentences, 77 k, width), k for the longest; the others get empty chunks."""
     each = [split_chunks(model.tokenizer, sentence) for sentence in sentences]
     for sentence in sentences:
-        name_strange(sentence)
+        name_strange(spell_words(model.tokenizer, sentence))
     k = max(map(len, each))
     sd.expect(
         k <= MOST_CHUNKS, "the prompt", f"{k} times as many", f"75 tokens {MOST_CHUNKS} times"

@@ -26,10 +26,15 @@ def read_kind(path):
 
 
 def other_vae(path):
-    """A change for StableDiffusion(changes=[...]). path: a flat file. Raises SDError."""
+    """A change for StableDiffusion(changes=[...]). path: a flat file of a VAE, or of a whole model,
+    of which the VAE is taken. Raises SDError.
+    """
 
     def change(config, weights):
-        told, vae = sd.read_flat(path, "vae")
+        whole = read_kind(path) == "model"
+        told, vae = sd.read_flat(path, "model" if whole else "vae")
+        told = {"vae": told.vae} if whole else told
+        vae = {name: w for name, w in vae.items() if name.startswith("vae.") or not whole}
         rest = {name: w for name, w in weights.items() if not name.startswith("vae.")}
         try:
             config = replace(config, vae=told["vae"])

@@ -424,15 +424,19 @@ def flat_case(rng, bench, folder):
 
 def png_case(rng, bench, folder):
     """The text of a PNG, in each of the chunks that may hold it, as --from-png reads it."""
-    text = change_text(rng, TEXT) if rng.random() < 0.9 else TEXT
+    name, text = (b"parameters", TEXT) if rng.random() < 0.5 else rng.choice(WORKFLOWS)
+    if name != b"parameters" and rng.random() < 0.7:
+        text = json.dumps(change_json(rng, json.loads(text)))
+    elif rng.random() < 0.9:
+        text = change_text(rng, text)
     raw = text.encode("utf-8", "replace")
     kind, body = rng.choice((
-        (b"tEXt", b"parameters\0" + raw), (b"iTXt", b"parameters\0\0\0\0\0" + raw),
-        (b"zTXt", b"parameters\0\0" + zlib.compress(raw)), (b"zTXt", b"parameters\0\0" + raw),
-        (b"iTXt", b"parameters\0\1\0\0\0" + zlib.compress(raw)),
+        (b"tEXt", name + b"\0" + raw), (b"iTXt", name + b"\0\0\0\0\0" + raw),
+        (b"zTXt", name + b"\0\0" + zlib.compress(raw)), (b"zTXt", name + b"\0\0" + raw),
+        (b"iTXt", name + b"\0\1\0\0\0" + zlib.compress(raw)),
     ))  # fmt: skip
-    crc = struct.pack(">I", zlib.crc32(kind + body))
-    chunk = struct.pack(">I", len(body)) + kind + body + crc
+    chunk = png_chunk(kind, body)
+    chunk += png_chunk(b"tEXt", b"Software\0NovelAI") if name == b"Comment" else b""
     data = png_bytes()
     at = rng.choice((33, len(data) - 12))
     data = data[:at] + chunk + data[at:]
@@ -445,6 +449,37 @@ TEXT = """a red house, (at night:1.2)
 Negative prompt: a tree, "quoted"
 Steps: 20, Sampler: PLMS, CFG scale: 7.5, Seed: 42, Size: 512x512, Model: "a, b", RNG: torch, \
 Denoising strength: 0.5, Image: photo.png, Lora: "a.safetensors:0.5 b", Clip skip: 2, Version: v1"""
+
+
+WORKFLOWS = (  # ComfyUI's, InvokeAI's of two ages, NovelAI's
+    (b"prompt", """{"3": {"class_type": "KSampler", "inputs": {"seed": 5, "steps": 20, "cfg": 8,
+    "sampler_name": "dpmpp_2m", "scheduler": "karras", "denoise": 0.5, "model": ["1", 0],
+    "positive": ["6", 0], "negative": ["7", 0], "latent_image": ["5", 0]}},
+    "1": {"class_type": "LoraLoader", "inputs": {"lora_name": "a.pt", "strength_model": 1,
+    "strength_clip": 1, "model": ["4", 0], "clip": ["4", 1]}},
+    "2": {"class_type": "CLIPSetLastLayer", "inputs": {"stop_at_clip_layer": -2, "clip": ["1", 1]}},
+    "4": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "a.ckpt"}},
+    "5": {"class_type": "EmptyLatentImage", "inputs": {"width": 512, "height": 512}},
+    "6": {"class_type": "CLIPTextEncode", "inputs": {"text": "a (red:1.2) [b]", "clip": ["2", 0]}},
+    "7": {"class_type": "CLIPTextEncode", "inputs": {"text": ["8", 0], "clip": ["2", 0]}},
+    "8": {"class_type": "PrimitiveString", "inputs": {"value": "embedding:c"}},
+    "9": {"class_type": "SaveImage", "inputs": {"images": ["3", 0]}}}"""),
+    (b"invokeai_metadata", """{"positive_prompt": "a red++ cat", "negative_prompt": "b", "seed": 5,
+    "width": 768, "height": 432, "rand_device": "cpu", "cfg_scale": 7.5, "steps": 50,
+    "scheduler": "euler_k", "clip_skip": 1, "model": {"model_name": "a"}, "strength": 0.5,
+    "loras": [{"lora": {"model_name": "c"}, "weight": 0.5}], "vae": null, "seamless_x": true}"""),
+    (b"sd-metadata", """{"app_version": "v2.2.4", "image": {"prompt": [{"prompt": "a [b]",
+    "weight": 1.0}], "steps": 50, "cfg_scale": 7.5, "height": 512, "width": 512, "seed": 5,
+    "type": "txt2img", "sampler": "k_lms", "variations": []}}"""),
+    (b"Comment", """{"prompt": "a {{red}} cat", "steps": 28, "height": 1216, "width": 832,
+    "scale": 5.0, "cfg_rescale": 0.4, "seed": 5, "noise_schedule": "karras", "sm": true,
+    "sampler": "k_euler_ancestral", "uc": "b", "request_type": "PromptGenerateRequest"}"""),
+)  # fmt: skip
+
+
+def png_chunk(kind, body):
+    crc = struct.pack(">I", zlib.crc32(kind + body))
+    return struct.pack(">I", len(body)) + kind + body + crc
 
 
 def from_png(path):

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 import sd
 from sd_more import app
-from sd_more.output import save_png
+from sd_more import options as its_options
+from sd_more.output import save_picture
 from tests.reference import CONFIGS, ROOT, cli, kohya_names, reference_models, shake, train
 
 WIDTH = 40  # of the miniature's context
@@ -67,25 +68,29 @@ def test_sd_py_itself_hands_over_to_this_command_line(tmp_path):
 
 
 def test_the_options_of_the_first_version_are_all_there_with_their_defaults():
-    args = vars(app.make_parser().parse_args([]))
+    args = vars(its_options.make_parser().parse_args([]))
     assert args == {
         "prompt": None, "negative_prompt": "", "prompts": None, "plain_prompt": False,
-        "width": None, "height": None, "n_images": 1, "n_rows": None, "seed": 42, "steps": None,
+        "width": None, "height": None, "n_images": 1, "n_rows": None, "seed": [42], "steps": None,
         "cfg": None, "sampler": None, "spacing": None, "rescale": None,  # the model's: 50 of plms
          "rng": "torch", "from_png": None, "image": None,
         "strength": None, "mask": None, "controlnet": [], "control_image": [], "model": sd.TINY,
-        "lora": [], "lora_dir": None, "embedding": [], "clip_skip": None, "safety_check": True,
+        "lora": [], "embedding": [], "clip_skip": None, "safety_check": True,
         "dtype": None,
-        "low_memory": False, "output": Path("out.png"), "save_every": None, "decode_batch": 1,
+        "low_memory": False, "output": "out.png", "save_every": None, "decode_batch": 1,
         "show_tokens": False, "converted": None, "vae": None,
+        # and the newer ones
+        "words": [], "upscale": None, "upscale_strength": None, "folder": [], "list": False,
+        "clear": False, "device": None, "quiet": False,
     }  # fmt: skip
     assert app.parse(["--words", "a", "--embedding", "b"]).embedding == ["a", "b"]
-    assert app.choose_prompts(app.parse([])) == ["a red house on the grass at sunset"]
-    assert app.choose_prompts(app.parse(["--image", "a.png"])) == [""]
+    prompts = lambda *words: [line.prompt for line in app.choose_lines(app.parse(words))]
+    assert prompts() == ["a red house on the grass at sunset"]
+    assert prompts("--image", "a.png") == [""]
 
 
 def test_each_option_says_what_it_does():
-    for action in app.make_parser()._actions:
+    for action in its_options.make_parser()._actions:
         assert action.help, action
 
 
@@ -186,18 +191,19 @@ def test_two_processes_paint_the_pictures_of_one(paint, tmp_path):
     )
     assert names(tmp_path) == {"two-2.png", "two-3.png", "two.png"}, done
     paint(*options, "--output", "one.png")
-    for end in (".png", "-2.png", "-3.png"):
-        one, two = (tmp_path / f"{name}{end}" for name in ("one", "two"))
+    ends = (".png", "-2.png", "-3.png")  # for two processes in the order in which they are saved
+    for one, two in zip(
+        *(
+            sorted((tmp_path / f"{name}{end}" for end in ends), key=text_of)
+            for name in ("one", "two")
+        )
+    ):
         assert text_of(one) == text_of(two)
         assert np.abs(pixels(one) - pixels(two)).max() <= 1
 
 
-def test_several_processes_keep_away_from_each_others_names(monkeypatch, tmp_path):
-    painter = app.Painter(None, None, {}, {}, None, Path("a.png"))
-    assert [painter.choose_name(number).name for number in range(3)] == ["a.png"] * 3
-    monkeypatch.setattr(app, "count_processes", lambda: 2)
-    alone = [painter.choose_name(number).name for number in range(3)]
-    assert alone == ["a.png", "a-2.png", "a-3.png"]
+def test_a_grid_needs_all_pictures(monkeypatch, tmp_path):
+    monkeypatch.setattr(its_options, "count_processes", lambda: 2)
     with pytest.raises(sd.SDError, match="--n-rows"):
         app.check(app.parse(["--n-rows", "1", "--output", str(tmp_path / "a.png")]))
 
@@ -213,7 +219,7 @@ def test_a_picture_that_cannot_be_saved_leaves_nothing(tmp_path, monkeypatch, mo
 
     with monkeypatch.context() as patch, pytest.raises(sd.SDError, match=r"out\.png.*No space"):
         patch.setattr(module, name, full)
-        save_png(Image.new("RGB", (64, 64)), tmp_path / "out.png", "x")
+        save_picture(Image.new("RGB", (64, 64)), tmp_path / "out.png", "x")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -426,10 +432,9 @@ def test_a_picture_is_made_again_from_what_it_says(paint, tmp_path):
         (["--dtype", "int8"], ["int8", "float16"]),
         (["--model", "nowhere.safetensors"], ["nowhere.safetensors"]),
         (["--model", "."], []),
-        (["--output", "a/b/c.png"], ["a/b"]),
-        (["--output", "picture.jpg"], ["picture.jpg", ".png"]),
+        (["--output", "picture.gif"], ["picture.gif", ".png", ".webp"]),
+        (["--output", "{colour}.png"], ["{colour} is not known", "{seed}"]),
         (["--output", ""], [".png"]),
-        (["--output", ".png"], [".png"]),
         (["--output", "/proc/a.png"], ["--output /proc/a.png"]),
         (["--image", "nowhere.png"], ["no file nowhere.png"]),
         (["--clip-skip", "9"], ["clip_skip", "to 4, got 9"]),
@@ -489,7 +494,7 @@ def test_a_pictures_text_that_is_damaged_gets_a_message(paint, tmp_path, line):
 @pytest.mark.parametrize(
     "line, says",
     [
-        ("Sampler: UniPC", "sampler must be"), ("RNG: dice", "rng must be"),
+        ("Sampler: UniPC", "sampler must be"),
         ("dtype: int8", "dtype must be"), ("Size: 100x64", "width must be"),
         ("Mask: a.png", "--mask needs"), ("Model file: gone.ckpt", "gone.ckpt"),
     ],
@@ -505,7 +510,7 @@ def test_what_a_picture_says_is_checked_as_if_it_was_typed(paint, tmp_path, line
 @pytest.mark.parametrize(
     "options",
     [
-        ["--steps", "0"], ["--dtype", "int8"], ["--output", "a.jpg"], ["--mask", "a.png"],
+        ["--steps", "0"], ["--dtype", "int8"], ["--output", "a.gif"], ["--mask", "a.png"],
         ["--lora", "a:nan"], ["--controlnet", "a"], ["--prompts", "nowhere.txt"],
     ],
     ids=str,

@@ -3,6 +3,7 @@ save_pretrained become the flat files that they should. Files that mean harm are
 """
 
 import ast
+import contextlib
 import copy
 import functools
 import hashlib
@@ -660,12 +661,18 @@ def test_a_folder_says_which_part_it_lacks(changed_folder, refused, lack, part, 
 # %% The Hugging Face hub --------------------------------------------------------------------------
 
 
-@pytest.fixture
-def hub(folder):
-    """A hub on this machine with the one repository org/name; -> its address, what was asked."""
-    asked, sha = [], "a" * 40
-    files = [f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()]
-    files += ["unet/flax_model.msgpack", "unet/diffusion_pytorch_model.fp16.bin", "README.md"]
+@contextlib.contextmanager
+def local_hub(repositories):
+    """A hub on this machine; -> its address, what was asked.
+
+    repositories: {"org/name" or "org/name@revision": {file: its path; None: only listed}}, or in
+    place of the files "gated" or "private".
+    """
+    asked, names = [], {}
+    for key in repositories:
+        name, _, revision = key.partition("@")
+        sha = hashlib.sha1(key.encode()).hexdigest()
+        names |= {(name, revision or "main"): (key, sha), (name, sha): (key, sha)}
 
     class Hub(http.server.BaseHTTPRequestHandler):
         def answer(self, body, **headers):
@@ -676,21 +683,36 @@ def hub(folder):
             if self.command == "GET":
                 self.wfile.write(body)
 
+        def refuse(self, status, code):
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
         def do_GET(self):
             path = urllib.parse.unquote(self.path.split("?")[0])
-            if path in ("/api/models/org/name/tree/main", f"/api/models/org/name/tree/{sha}"):
-                tree = [{"type": "file", "path": f, "size": 1, "oid": "b" * 40} for f in files]
-                self.answer(json.dumps(tree).encode(), Content_Type="application/json")
-            elif path == "/api/models/org/name/revision/main":
-                info = {"id": "org/name", "sha": sha, "siblings": [{"rfilename": f} for f in files]}
-                self.answer(json.dumps(info).encode(), Content_Type="application/json")
-            elif path.startswith(f"/org/name/resolve/{sha}/"):
-                name = path.split(sha + "/")[1]
-                asked.append(name)
-                body = (folder / name).read_bytes()
-                self.answer(body, ETag=f'"{hashlib.sha1(body).hexdigest()}"', X_Repo_Commit=sha)
+            api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(tree|revision)/(.+))?", path)
+            file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+            name, revision = api.group(1, 3) if api else file.group(1, 2)
+            key, sha = names.get((name, revision or "main"), ("", ""))
+            files = repositories.get(key, "missing")
+            if files == "gated" and file:
+                self.refuse(403, "GatedRepo")
+            elif files == "private":
+                self.refuse(401, "RepoNotFound")
+            elif files == "missing":
+                known = any(each == name for each, _ in names)
+                self.refuse(404, "RevisionNotFound" if known else "RepoNotFound")
+            elif api:
+                listed = ["a.safetensors"] if files == "gated" else list(files)
+                tree = [{"type": "file", "path": f, "size": 1, "oid": "b" * 40} for f in listed]
+                info = {"id": name, "sha": sha, "siblings": [{"rfilename": f} for f in listed]}
+                body = json.dumps(tree if api[2] == "tree" else info).encode()
+                self.answer(body, Content_Type="application/json")
             else:
-                self.send_error(404)
+                asked.append(file[3])
+                body = files[file[3]].read_bytes()
+                self.answer(body, ETag=f'"{hashlib.sha1(body).hexdigest()}"', X_Repo_Commit=sha)
 
         do_HEAD = do_GET
 
@@ -703,12 +725,25 @@ def hub(folder):
         server.shutdown()
 
 
+def files_of(folder):
+    """-> {its name: its path} of each file in a folder, for local_hub"""
+    return {f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_file()}
+
+
+@pytest.fixture
+def hub(folder):
+    """A hub on this machine with the one repository org/name; -> its address, what was asked."""
+    more = ["unet/flax_model.msgpack", "unet/diffusion_pytorch_model.fp16.bin", "README.md"]
+    with local_hub({"org/name": files_of(folder) | dict.fromkeys(more)}) as there:
+        yield there
+
+
 @pytest.fixture
 def convert_from_hub(hub, tmp_path):
     """The command line in a process of its own: huggingface_hub reads its address only once."""
 
-    def convert_from_hub(name):
-        env = os.environ | hub[0] | {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
+    def convert_from_hub(name, offline="0"):
+        env = os.environ | hub[0] | {"HF_HUB_OFFLINE": offline, "HF_HOME": str(tmp_path / "hf")}
         env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         options = ("--dtype", "float32")
         return cli(name, *options, cwd=tmp_path, script="convert_weights.py", env=env)
@@ -721,6 +756,11 @@ def test_a_name_on_the_hub_is_fetched_and_converted(hub, convert_from_hub, flat,
     assert done.returncode == 0, done.stderr
     assert_same(load_file(tmp_path / "name.flat.safetensors"), flat)
     assert "README.md" not in asked and not any("flax" in f or "fp16" in f for f in asked)
+    asked.clear()
+    (tmp_path / "name.flat.safetensors").unlink()
+    done = convert_from_hub("org/name", offline="1")  # what was fetched before is enough
+    assert done.returncode == 0 and not asked and "is not reached" in done.stdout
+    assert_same(load_file(tmp_path / "name.flat.safetensors"), flat)
 
 
 def test_a_name_that_the_hub_does_not_know_gets_one_message(convert_from_hub):
@@ -733,10 +773,11 @@ def test_a_hub_that_can_not_be_reached_gets_one_message(refused, monkeypatch):
     class OfItsOwn(Exception):
         """httpx's errors are no OSErrors."""
 
-    def fails(name):
+    def fails(name, revision, timeout):
         raise OfItsOwn("Name or service not known\nand more")
 
-    monkeypatch.setattr("huggingface_hub.list_repo_files", fails)
+    monkeypatch.setattr("huggingface_hub.model_info", fails)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/nowhere")
     refused("org/name", "org/name was not fetched", "not known")
 
 

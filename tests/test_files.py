@@ -37,16 +37,16 @@ def test_pictures_of_every_kind_are_read(mode, tmp_path):
 
 
 def test_a_photo_is_turned_and_resized_with_a_message(tmp_path, capsys):
-    """As its EXIF note says, to the nearest multiples of 64 or what is asked for."""
-    photo = Image.new("RGB", (100, 140), "white")
+    """As its EXIF note says, to the nearest multiples of 8 or what is asked for."""
+    photo = Image.new("RGB", (100, 141), "white")
     photo.paste("red", (0, 0, 100, 20))
     exif = Image.Exif()
     exif[0x112] = 6  # to be turned right by a quarter
     photo.save(tmp_path / "a.jpg", exif=exif, quality=95)
     pixels, _ = sd.load_picture(tmp_path / "a.jpg")
-    assert pixels.shape == (128, 128, 3)
+    assert pixels.shape == (96, 144, 3)
     said = capsys.readouterr().err
-    assert "a.jpg" in said and "140 x 100 to 128 x 128" in said
+    assert "a.jpg" in said and "141 x 100 to 144 x 96" in said
     assert pixels[:, -5:, 1].mean() < 0.1 and pixels[:, :-30, 1].mean() > 0.9
     with open(tmp_path / "a.jpg", "rb") as file:
         assert sd.load_picture(file, 192, 64)[0].shape == (64, 192, 3)

@@ -28,9 +28,9 @@ import convert_weights
 import sd
 from convert_weights import ConversionError, convert
 from sd_more import app
-from sd_more.batch import read_prompts
+from sd_more.batch import read_lines
 from sd_more.infotext import read_parameters, split_fields
-from sd_more.output import save_png
+from sd_more.output import save_picture
 from sd_more.prompts import parse_weights, read_weighted
 from sd_more.safety import SafetyChecker
 from sd_more.textual_inversion import textual_inversion
@@ -108,7 +108,7 @@ def test_a_dropped_picture_names_one_that_starts_a_program(tmp_path, ends, monke
     monkeypatch.setattr(subprocess, "Popen", None)
     (tmp_path / "photo.png").write_bytes(picture_bytes("EPS"))
     text = "a house\nSteps: 1, Seed: 1, Image: photo.png, Denoising strength: 0.5"
-    save_png(Image.new("RGB", (64, 64)), tmp_path / "dropped.png", text)
+    save_picture(Image.new("RGB", (64, 64)), tmp_path / "dropped.png", text)
     assert "photo.png is not readable" in ends("--from-png", "dropped.png", "--output", "a.png")
 
 
@@ -302,7 +302,7 @@ def test_the_text_of_a_picture_is_read_soon(tmp_path, soon):
         with contextlib.suppress(ValueError):  # for half a quotation
             list(split_fields(line))
         text = f"a\nSteps: 1, {line}"
-        save_png(Image.new("RGB", (64, 64)), tmp_path / f"{hash(line)}.png", text)
+        save_picture(Image.new("RGB", (64, 64)), tmp_path / f"{hash(line)}.png", text)
         with contextlib.suppress(sd.SDError):
             read_parameters(tmp_path / f"{hash(line)}.png")
     assert list(split_fields('A: 1, B: "x, \\"y\\": z", nothing, C: d')) == [
@@ -387,7 +387,7 @@ def test_a_pipe_as_yaml_is_not_asked(tmp_path, soon, weights_v2):
 
 def test_prompts_have_a_bound(tmp_path):
     with pytest.raises(sd.SDError, match="too many"):
-        read_prompts(special(tmp_path / "a.txt", "sparse"))
+        read_lines(special(tmp_path / "a.txt", "sparse"))
 
 
 # %% 6. A wrong file and status 0 ------------------------------------------------------------------
@@ -594,7 +594,7 @@ def test_names_from_files_do_not_reach_the_terminal(weights, tmp_path, monkeypat
         with pytest.raises(SystemExit):
             convert_weights.main([strange, "--info"])
     text = f"a house\nSteps: 1, Image: {json.dumps('no' + ESCAPE)}, RNG: {ESCAPE}"
-    save_png(Image.new("RGB", (64, 64)), tmp_path / "b.png", text)
+    save_picture(Image.new("RGB", (64, 64)), tmp_path / "b.png", text)
     with pytest.raises(SystemExit):
         app.main(["--from-png", "b.png"])
     app.main(["--prompt", f"a {ESCAPE}", "--show-tokens"])

@@ -45,7 +45,7 @@ HEADERS = {  # what the message says, and the header of a file with ten bytes of
     "fraction": ("impossible entry for a", {"a": entry(shape=[10.0])}),
     "bool": ("impossible entry for a", {"a": entry(shape=[10, True])}),
     "overflow": ("impossible entry for a", {"a": entry(shape=[2**16] * 4 + [2], offsets=[0, 0])}),
-    "dtype": ("impossible entry for a", {"a": entry("F3")}),
+    "dtype": ("a is a tensor of the type F3", {"a": entry("F3")}),
     "unhashable": ("impossible entry for a", {"a": entry([])}),
     "no entry": ("impossible entry for a", {"a": 1}),
     "metadata": ("metadata is not text", {"__metadata__": {"format": 3}, "a": entry()}),

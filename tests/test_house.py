@@ -5,6 +5,7 @@ numbers against the numbers.
 """
 
 import ast
+import graphlib
 import importlib.util
 import inspect
 import json
@@ -107,6 +108,7 @@ def imports(path):
 
 
 TINY = {path.stem for path in (ROOT / "tiny").glob("*.py")}
+BESIDE = {path.stem for path in (ROOT / "sd_more").glob("*.py")} - {"__init__"}
 OURS = {*PARTS, *FOLDERS, "test_sd", *TINY}
 
 
@@ -128,8 +130,18 @@ def allowed(path):
     if path == "sd_more/app.py":
         return {"sd", "convert_weights", "sd_more"}
     if path.startswith("sd_more/"):
-        return {"sd", "convert_weights", "sd_more.fast", "sd_more.formats"}
+        others = {f"sd_more.{name}" for name in BESIDE - {"app"}}
+        return {"sd", "convert_weights", "sd_more.fast", "sd_more.formats", *others}
     return OURS - ({"tests", "test_sd"} if path.startswith("tiny/") else set())
+
+
+def test_no_arrow_leads_back():
+    """Among the modules of sd_more/, too: one that uses another is not used by it."""
+    graph = {
+        name: {used.split(".")[1] for used in uses(f"sd_more/{name}.py") if "." in used} & BESIDE
+        for name in BESIDE
+    }
+    assert set(graphlib.TopologicalSorter(graph).static_order()) == BESIDE
 
 
 @pytest.mark.parametrize("path", FILES)
@@ -162,7 +174,8 @@ def test_nothing_is_imported_but_five_packages():
     for path in FILES:
         if path in PARTS.values() or path.startswith("sd_more/"):
             tops = {name.split(".")[0] for name, _ in imports(path)}
-            more = {"huggingface_hub"} if path == "sd_more/formats/hub.py" else set()
+            optional = {"formats/hub.py": "huggingface_hub", "notebook.py": "tqdm"}
+            more = {optional.get(path.removeprefix("sd_more/"))} - {None}
             assert tops <= five | more | OURS | sys.stdlib_module_names, path
             assert "import_module" not in (ROOT / path).read_text("utf-8")
 

@@ -179,6 +179,22 @@ def test_the_command_line_takes_both_and_makes_them_again(theirs, weights, tmp_p
     assert np.array_equal(same, full) and not np.array_equal(full, tiny)
     assert np.array_equal(tiny, again) and "VAE file: " in pictures[3].text["parameters"]
     capsys.readouterr()
+    save_file({"emb_params": torch.zeros(1, 64)}, tmp_path / "word.safetensors")
     with pytest.raises(SystemExit):
-        app.main([*options, "--vae", str(sd.TINY)])
-    assert "it is a model, where a vae is needed" in capsys.readouterr().err
+        app.main([*options, "--vae", str(tmp_path / "word.safetensors")])
+    assert "it is a words, where a vae is needed" in capsys.readouterr().err
+
+
+def test_a_whole_model_lends_its_vae(networks, weights, tmp_path):
+    """Any checkpoint's will do, of a flat file or of one that becomes one."""
+    start = "first_stage_model."
+    other = {name: 1.1 * t if name.startswith(start) else t for name, t in weights.items()}
+    save_file(weights, tmp_path / "a.safetensors")
+    save_file(other | {"scale_factor": torch.tensor(0.5)}, tmp_path / "b.safetensors")
+    a, b = (convert(tmp_path / f"{x}.safetensors", dtype="float32", log=quiet) for x in "ab")
+    x = mx.random.normal((1, 8, 8, 4), key=mx.random.key(1))
+    for kind in (sd.StableDiffusion, LowMemory):
+        model = kind(a, changes=[other_vae(b)])
+        assert model.config.vae["scale"] == 0.5 and model.config.name == "Stable Diffusion 1.x"
+        assert np.array_equal(model.decode(x), kind(b).decode(x))
+        assert not np.array_equal(model.decode(x), kind(a).decode(x))

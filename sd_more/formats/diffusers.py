@@ -53,6 +53,7 @@ EXPECTED = {  # a tuple: one of these
         "prediction_type": ("epsilon", "v_prediction"),
     },
 }  # fmt: skip
+CLASSES = {"vae": "AutoencoderKL", "tiny_vae": "AutoencoderTiny", "controlnet": "ControlNetModel"}
 # A field that is not there has its class's default: the value above, or the first, except in these.
 DEFAULTS = {
     "vae": {
@@ -72,6 +73,14 @@ NUMBERS = {  # that no tensor's shape shows: the field that holds each, its clas
         "activation": ("hidden_act", "quick_gelu"),
     },
 }  # fmt: skip
+SCHEDULER = {  # what changes pictures by the folder's own sampler: the values that change nothing
+    "use_karras_sigmas": (), "use_exponential_sigmas": (), "use_beta_sigmas": (),
+    "use_flow_sigmas": (), "use_lu_lambdas": (), "thresholding": (), "clip_sample": (),
+    "euler_at_final": (), "algorithm_type": ("dpmsolver++",), "solver_order": (2,),
+    "solver_type": ("midpoint", "bh2"), "final_sigmas_type": ("zero",),
+    "variance_type": ("fixed_small",), "interpolation_type": ("linear",),
+}  # fmt: skip
+OWN_SCHEDULERS = (None, "PNDMScheduler", "LCMScheduler")  # whose sampler sd.py takes by itself
 PIPELINES = re.compile(
     "StableDiffusion(Img2Img|Inpaint|ControlNet)?Pipeline(Legacy|Safe)?"
     "|LatentConsistencyModel(Img2Img)?Pipeline"
@@ -98,14 +107,36 @@ def find_difference(config, kind):
     return None
 
 
+def name_other_vae(config):
+    """-> a model whose latents are others, by what its VAE's config says; None"""
+    scale, channels = config.get("scaling_factor"), config.get("latent_channels", 4)
+    if channels != 4:
+        return f"another model, such as SD 3 or Flux (its latent_channels is {str(channels)[:40]})"
+    if scale == 0.13025:
+        return f"SDXL (its scaling_factor is {scale})"
+    name = str(config.get("_name_or_path", ""))[:80]
+    xl = re.search("sd[-_]?xl|stable-diffusion-xl", name, re.IGNORECASE)
+    return f"SDXL (its _name_or_path is {name})" if xl else None
+
+
+def name_unused(scheduler):
+    """-> what a scheduler's config says of the sampler that is not asked, in words; "" """
+    name = scheduler.get("_class_name")
+    said = [] if name in OWN_SCHEDULERS else [str(name)]
+    for field, usual in SCHEDULER.items():
+        if (value := scheduler.get(field)) and value not in usual:
+            said.append(field if value is True else f"{field} {value}")
+    return ", ".join(text[:60] for text in said)
+
+
 def read_numbers(config, kind):
     return {name: config.get(*field) for name, field in NUMBERS[kind].items()}
 
 
 def find_weights(folder, kind):
     """The file of a network's weights, or the index of its shards; None if there is neither.
-    Full precision first."""
-    for variant in ("", ".fp16"):
+    Full precision first; the raw weights (non_ema) where there are no averaged ones."""
+    for variant in ("", ".fp16", ".non_ema"):
         for name in WEIGHTS[kind]:
             stem, end = name.split(".")
             for file in (

@@ -63,7 +63,7 @@ STARTS = re.compile(
 )
 OTHERS = (  # what it is, and a name that only it has
     ("an (IA)3", r".*\.(on_input|ia3_)"), ("OFT", r".*\.b?oft_"), ("VeRA", r".*\.vera_"),
-    ("GLoRA", r".*\.[ab][12]\.weight$"),
+    ("GLoRA", r".*\.[ab][12]\.weight$"), ("a LoRA of the MLX examples", r".*\.lora_[ab]$"),
     ("a LoRA of a video model", r".*(motion_modules|temporal_transformer|time_stack)"),
     ("a LoRA of SD 3, Flux or a relative", r"lora_transformer_|transformer\.(?!text_model)"),
     ("a LoRA of SD 3, Flux or a relative", r".*(joint|double|single)(_transformer)?_blocks[._]"),
@@ -111,6 +111,18 @@ def normalize(layer):
     layer = re.sub(r"self_attn_to_([qkv])$", r"self_attn_\1_proj", layer)
     layer = re.sub(r"self_attn_to_out$", "self_attn_out_proj", layer)
     return re.sub(r"(attn[12]_to_out)$", r"\1_0", layer)
+
+
+def drop_empty(layers):
+    """Take the layers out that have no change, only numbers for one. -> the names of these"""
+    empty = [layer for layer, names in layers.items() if names.keys() <= set(SINGLE)]
+    require(not empty or len(empty) < len(layers), "it is a LoRA whose layers have only alpha")
+    return [name for layer in empty for name in layers.pop(layer).values()]
+
+
+def is_peft(names):
+    """Are these names as PEFT itself writes them? (What it tells is beside them.)"""
+    return any(name.startswith("base_model.model.") for name in names)
 
 
 def name_bundled(name):

@@ -46,6 +46,14 @@ def name_layer(half, place, original):
 FIRST = [f"{name}.weight" for name in name_layer("decoder", 0, 1)]  # by which it is known
 
 
+def other_half(name):
+    """taesd_encoder.pth -> taesd_decoder.pth; None for what has no such name"""
+    if (named := FILE.fullmatch(name)) is None:
+        return None
+    start, half, end = named.groups()
+    return start + ("decoder" if half.lower() == "encoder" else "encoder") + end
+
+
 def zero_bias(weight):
     return np.zeros(len(weight), np.float32)
 

@@ -31,19 +31,22 @@ def read_safetensors(path):
     metadata = header.pop("__metadata__", None) or {}
     good = type(metadata) is dict and all(type(v) is str for v in metadata.values())
     require(good, "its metadata is not text")
-    tensors, ranges = {}, []
+    tensors, unreadable, ranges = {}, {}, []
     for name, entry in header.items():
         dtype, shape, begin, end = check_entry(name, entry)
+        ranges.append((begin, end))
+        if dtype not in NUMPY:
+            unreadable[name] = f"tensor of the type {dtype[:40]}"
+            continue
         strides = [math.prod(shape[k + 1 :]) for k in range(len(shape))]
         tensors[name] = Tensor(path, data + begin, dtype, shape, tuple(strides))
-        ranges.append((begin, end))
     reached = 0
     for begin, end in sorted(ranges):
         require(begin == reached, "its tensors overlap, or leave a hole")
         reached = end
     reached += data
     require(reached == size, f"its header describes {reached} bytes, it has {size}")
-    return Contents(tensors, metadata=metadata)
+    return Contents(tensors, metadata=metadata, unreadable=unreadable)
 
 
 def refuse_duplicates(pairs):
@@ -56,8 +59,10 @@ def check_entry(name, entry):
     are_whole = lambda v: type(v) is list and all(type(n) is int and 0 <= n < 2**48 for n in v)
     if type(entry) is dict and set(entry) == {"dtype", "shape", "data_offsets"}:
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        known = type(dtype) is str and dtype in NUMPY
         good = are_whole(shape) and len(shape) <= 8 and are_whole(offsets) and len(offsets) == 2
-        if known and good and offsets[1] - offsets[0] == math.prod(shape) * itemsize(dtype):
-            return dtype, tuple(shape), *offsets
+        if type(dtype) is str and good and offsets[0] <= offsets[1]:
+            size = offsets[1] - offsets[0]
+            # Of a type that is not known (4 bits, scales as powers of two) the size isn't, either.
+            if dtype not in NUMPY or size == math.prod(shape) * itemsize(dtype):
+                return dtype, tuple(shape), *offsets
     raise NotConvertible(f"its header has an impossible entry for {name}")

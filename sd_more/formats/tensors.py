@@ -129,6 +129,7 @@ class Contents:
     unreadable: dict = field(default_factory=dict)  # names of tensors of unknown kinds: their kind
 
     def __post_init__(self):
-        count, longest = len(self.tensors), max(map(len, self.tensors), default=0)
+        names = [*self.tensors, *self.unreadable]
+        count, longest = len(names), max(map(len, names), default=0)
         require(count <= MOST_TENSORS, f"it has {count} tensors, far more than any model here")
         require(longest <= 300, f"it has a tensor's name of {longest} characters")

@@ -102,16 +102,26 @@ def file_size(file):
     return os.fstat(file.fileno()).st_size
 
 
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "params_ema", "params")
+
+
 def unwrap_state_dict(path, top, starts, mentions):
     """Unwrap {"state_dict": {...}}, at most twice: a dict can hold itself under that name."""
     config = {}
     for _ in range(3):
         what = top.text if type(top) is Name else type(top).__name__
+        require(
+            type(top) is not View, "it holds one tensor that has no name, not a dict of tensors"
+        )
         require(type(top) is dict, f"it holds a {what} and not a dict of tensors")
         config = config or top.get("sd_config") or {}
-        if type(top.get("state_dict")) is not dict:
+        bare = any(type(value) is View for value in top.values())
+        names = [name for name in WRAPPERS[: 1 if bare else None] if type(top.get(name)) is dict]
+        if not names:
             break
-        top = top["state_dict"]
+        top = top[names[0]]
+    layers = any(type(key) is int and type(value) in (tuple, list) for key, value in top.items())
+    require(not layers, "it is a hypernetwork. Those are not done here")
     if "string_to_param" in top:  # textual inversion, as AUTOMATIC1111's program writes it
         good = type(top["string_to_param"]) is dict
         require(good, "its string_to_param is not a plain dict; save it again as one")
