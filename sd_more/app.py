@@ -32,8 +32,9 @@ from sd_more.options import (
     parse,
     parse_line,
     path_and_number,
+    version,
 )
-from sd_more.output import choose_name, name_step, save_picture
+from sd_more.output import check_output, choose_name, name_step, save_picture
 from sd_more.pictures import enlarge, grey, grid, read_input
 from sd_more.prompts import name_unused, read_weighted, show_tokens, without_loras
 from sd_more.safety import SafetyChecker, check_safety, load_checker
@@ -49,6 +50,8 @@ def choose_lines(args):
         lines = read_prompts(args, parse_line)
         for line in lines:
             check_numbers(line)
+            if line.output != args.output:
+                check_output(line.output)
         return lines
     line = copy.copy(args)
     default = "" if args.image else DEFAULT_PROMPT
@@ -122,6 +125,9 @@ def choose_habits(args, config):
     habits = {name: vars(args)[name] for name in HABITS} | own
     steps, sampler, cfg = (habits[name] for name in ("steps", "sampler", "cfg"))
     sd.check_options("", "", args.seed[0], steps, cfg, sampler, 64, 64, args.n_images)
+    if sampler == "plms" and habits["spacing"] in ("karras", "lcm"):
+        unequal = f"which with {habits['spacing']} they are not: lms knows their lengths."
+        sd.say_once(f"plms takes its steps for equally long, {unequal}")
     return habits
 
 
@@ -210,8 +216,8 @@ def name_size(width, height, config):
     if times > 2:
         sd.say_once(
             f"{width} x {height} is {times:.1f} times what the model was trained on, "
-            f"{config.size} x {config.size}: it takes more than {times:.0f} times as long, and "
-            "things may be there twice. --upscale paints at the model's size first."
+            f"{config.size} x {config.size}: it takes more than {times:.0f} times as long and "
+            "more memory, and things may be there twice. --upscale paints at the model's size first."
         )
 
 
@@ -357,6 +363,9 @@ def main(argv=None):
 
 
 def run(args):
+    if args.version:
+        sd.say(version(), sys.stdout)
+        return
     choose_device(args.device)
     if args.list or args.clear:
         if args.clear:

@@ -11,7 +11,8 @@ import mlx.core as mx
 
 from sd import SDError
 
-MOST_BYTES = 1 << 24  # of a file of prompts
+MOST_BYTES, MOST_LINES = 1 << 24, 10_000  # of a file of prompts
+MOST_LETTERS = 50_000  # of a line
 OPTION = re.compile(r"(?:^|\s)(?=--[a-z]|-[pnsoWH]\s)")  # where a line's options begin
 OWN = {  # what a line may say for itself; the rest is the model's, or would have to be loaded anew
     "prompt", "negative_prompt", "seed", "steps", "cfg", "sampler", "spacing", "rescale",
@@ -38,6 +39,11 @@ def read_lines(path):
         raise SDError(f"--prompts {path}: it is not a text in UTF-8 ({error}).") from None
     lines = [(i, line.strip()) for i, line in enumerate(lines, 1)]
     lines = [(i, line) for i, line in lines if line and not line.startswith("#")]
+    if len(lines) > MOST_LINES or max((len(line) for _, line in lines), default=0) > MOST_LETTERS:
+        most = f"{MOST_LINES:,} lines of {MOST_LETTERS:,} characters"
+        raise SDError(
+            f"--prompts {path}: it has too many prompts, or too long ones; {most} will do."
+        )
     if not lines:
         raise SDError(f"--prompts {path}: it is empty. Write one prompt on each line.")
     return lines

@@ -158,7 +158,7 @@ def make_parser():
     g.add_argument("--save-every", type=int, metavar="N",
                    help="also the picture after every N steps, as NAME-step-010.png")
     g.add_argument("--quiet", action="store_true", help="say nothing of the progress")
-    g.add_argument("--version", action="version", version=version())
+    g.add_argument("--version", action="store_true", help="say which version this is")
     # fmt: on
     return p
 
@@ -259,7 +259,7 @@ def read_defaults(known):
         return []
     try:
         table = tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number may be too long, too
         raise SDError(f"{path} is not readable as TOML: {error}") from None
     told = {option for option, _ in PARAMETERS.values()} | {"prompt", "negative_prompt"}
     told |= {"width", "height", "n_images", "n_rows", "prompts"}

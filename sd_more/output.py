@@ -22,11 +22,10 @@ def check_output(output):
     """SDError if no picture could be saved there; found out before one is painted. Folders that
     are not there are made.
     """
-    path = choose_name(output, "a", 0, 1)
-    if len(os.fsencode(path.name)) > 220:  # systems allow 255, and numbers may have to go in
-        raise SDError(f"--output {output}: the name is too long.")
+    path = choose_name(output, "a" * 60, 2**64, 10_000)  # no other is longer
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)  # another process may be faster
         clear_stale(path.parent)
         tempfile.TemporaryFile(suffix=PART, prefix=".", dir=path.parent).close()
     except OSError as error:
@@ -39,7 +38,7 @@ def choose_name(output, prompt, seed, n):
     number among all.
     """
     path = Path(output)
-    if str(output).endswith("/") or path.is_dir() or (path.suffix == "" and path.name):
+    if str(output).endswith("/") or os.path.isdir(path) or (path.suffix == "" and path.name):
         path = path / "{prompt}-{seed}.png"
     if path.suffix.lower() not in KINDS or not str(output).strip():
         kinds = ", ".join(f"NAME{end}" for end in KINDS)
@@ -52,7 +51,10 @@ def choose_name(output, prompt, seed, n):
             raise SDError(f"--output {output}: {match[0]} is not known; there are {known}.")
         return str(values[match[1]])
 
-    return Path(re.sub(r"\{(\w*)\}", fill, str(path)))
+    path = Path(re.sub(r"\{(\w*)\}", fill, str(path)))
+    if len(os.fsencode(path.name)) > 220:  # systems allow 255, and numbers may have to go in
+        raise SDError(f"--output {output}: the name is too long.")
+    return path
 
 
 def slug(prompt, most=60):

@@ -539,6 +539,45 @@ def read_prompt(text):
     tiny().encode_prompts([text, ""])
 
 
+LINES = """# a comment
+a tree --seed 3,5-9 -n "at night" --steps 2
+"a boat" --width 128 --output "{n}-{prompt}.webp"
+--prompt "a house" --sampler "DPM++ 2M Karras" --upscale 1.5
+"""
+DEFAULTS = """steps = 3
+negative-prompt = "night"
+folder = ["."]
+quiet = true
+output = "{prompt}-{seed}.jpg"
+seed = "1,2"
+"""
+
+
+def lines_case(rng, bench, folder):
+    """A file of prompts with options, or one's own defaults, and the names that follow."""
+    lines, own = folder / "lines.txt", folder / "sd.py" / "defaults.toml"
+    own.parent.mkdir()
+    text = change_text(rng, rng.choice((LINES, LINES.split("\n")[1])))
+    lines.write_bytes(text.encode(errors="replace"))
+    if rng.random() < 0.5:
+        own.write_bytes(change_text(rng, DEFAULTS).encode(errors="replace"))
+    return lambda: read_lines(lines)
+
+
+def read_lines(path):
+    os.environ["XDG_CONFIG_HOME"], before = str(path.parent), Path.cwd()
+    os.chdir(path.parent)
+    try:
+        args = app.parse(["--prompts", str(path), "--output", str(path.parent / "out.png")])
+        app.check(args)
+        for line in app.choose_lines(args):
+            for seed in line.seed[:3]:
+                app.choose_name(line.output, line.prompt, seed, 1)
+    finally:
+        os.chdir(before)
+        del os.environ["XDG_CONFIG_HOME"]
+
+
 MODELS = {}
 
 
@@ -554,7 +593,7 @@ FORMATS = {
     "embedding": tensors_case("word.safetensors", ".safetensors"), "controlnet": control_case,
     "vae": tensors_case("vae.safetensors", ".safetensors"),
     "folder": folder_case, "flat": flat_case, "png": png_case, "picture": picture_case,
-    "yaml": yaml_case, "prompt": prompt_case,
+    "yaml": yaml_case, "prompt": prompt_case, "lines": lines_case,
 }  # fmt: skip
 
 

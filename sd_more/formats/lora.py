@@ -114,9 +114,10 @@ def normalize(layer):
 
 
 def drop_empty(layers):
-    """Take the layers out that have no change, only numbers for one. -> the names of these"""
+    """Take the layers out that have no change, only numbers for one. -> the names of these; none
+    where no other layers are left"""
     empty = [layer for layer, names in layers.items() if names.keys() <= set(SINGLE)]
-    require(not empty or len(empty) < len(layers), "it is a LoRA whose layers have only alpha")
+    empty = empty if len(empty) < len(layers) else []
     return [name for layer in empty for name in layers.pop(layer).values()]
 
 

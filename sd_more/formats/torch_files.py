@@ -13,7 +13,7 @@ import zipfile
 import zlib
 
 from .pickles import Name, Pickles, View
-from .tensors import MOST_BYTES, Contents, Tensor, itemsize, open_file, require
+from .tensors import MOST_BYTES, MOST_TENSORS, Contents, Tensor, itemsize, open_file, require
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 CHUNK = 1 << 20
@@ -120,6 +120,7 @@ def unwrap_state_dict(path, top, starts, mentions):
         if not names:
             break
         top = top[names[0]]
+    top = top if bare or "string_to_param" in top else flatten(top)
     layers = any(type(key) is int and type(value) in (tuple, list) for key, value in top.items())
     require(not layers, "it is a hypernetwork. Those are not done here")
     if "string_to_param" in top:  # textual inversion, as AUTOMATIC1111's program writes it
@@ -136,6 +137,16 @@ def unwrap_state_dict(path, top, starts, mentions):
             tensors[name] = Tensor(path, start, storage.dtype, view.shape, view.strides)
     require(type(config) is dict, "its sd_config is not a dict of numbers")
     return Contents(tensors, mentions, config, unreadable=unreadable)
+
+
+def flatten(top):
+    """{"unet": {"conv_in.weight": ...}} -> {"unet.conv_in.weight": ...}, where no tensor is at the
+    top; all else stays."""
+    inner = {key: value for key, value in top.items() if type(value) is dict}
+    count = sum(map(len, inner.values()))  # one dict can be there under many names
+    require(count <= 10 * MOST_TENSORS, f"it has {count} entries, far more than any model here")
+    rest = {key: value for key, value in top.items() if key not in inner}
+    return rest | {f"{key}.{name}": v for key, value in inner.items() for name, v in value.items()}
 
 
 def check_sums(path):
