@@ -1457,7 +1457,7 @@ def kept_files():
 
 def fingerprint(path):
     """-> what changes when one of the files of path does: of their names, sizes and times"""
-    files = neighbours.find_files(path)
+    files = [f for f in neighbours.find_files(path) if not f.name.endswith(".flat.safetensors")]
     told = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     return hashlib.sha256(repr(told).encode(errors="surrogateescape")).hexdigest()
 
@@ -1489,6 +1489,8 @@ def flat_file(path, log, folder=None):
             return place
     # Only what was made in this way before may be replaced; repositories may share a name.
     old = sd.read_header(home)
+    if folder and old.get("made_from", made_from) != made_from:  # of a file of this name elsewhere
+        home = home.with_name(cached.name)
     free = "made_from" in old and source in ("", old.get("source")) or not os.path.lexists(home)
     place = home if free and os.access(home.parent, os.W_OK) else cached
     if place == cached:
@@ -1562,6 +1564,8 @@ def make_parser():
 
 
 def list_kept(clear):
+    if clear and not any(kept_files()):
+        tell(f"nothing is kept in {cache_folder()}. Flat files beside models are yours to delete.")
     for path, header in kept_files():
         size, source = path.stat().st_size / 1e6, header.get("source", "an unknown file")
         if clear:

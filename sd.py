@@ -1217,7 +1217,7 @@ def read_flat(path, kind="model"):
     The arrays are read from the disk only when they are first used."""
     path, what = Path(path), kind.replace("words", "textual inversion")
     if not path.is_file():
-        raise SDError(f"there is no {what} at {path}. Is the name right?")
+        raise SDError(f"there is no {what} at {path}: give a flat file, see convert_weights.py.")
     expect(str(path).encode(errors="ignore").decode() == str(path), "its name", path.name, "UTF-8")
     # MLX trusts what the header says about sizes; safetensors checks it. So that goes first.
     metadata = read_header(path)

@@ -20,6 +20,7 @@ from sd import ImageToImage, SDError, StableDiffusion, TextToImage
 from sd_more import library
 from sd_more.batch import read_prompts, share_of_this_process
 from sd_more.console import command
+from sd_more.formats.neighbours import full_name
 from sd_more.guidance import USUAL, guided, has_guidance
 from sd_more.infotext import write_parameters
 from sd_more.low_memory import LowMemory
@@ -93,6 +94,8 @@ def read_strength(numbers):
 def set_strength(args, path, strength):
     paths = [path_and_number(text)[0] for text in args.lora]
     new = f"{path}:{strength}"
+    if path in paths and "lora" in args.given and set(args.lora) - {new}:
+        sd.say_once(f"the prompt's strength {strength} of {Path(path).name} takes --lora's place.")
     args.lora = [new if p == path else text for p, text in zip(paths, args.lora)]
     args.lora += [] if path in paths else [new]
 
@@ -173,6 +176,8 @@ def make_task(args, config):
     if args.image is None:
         return TextToImage()
     image, mask = read_input(args.image), args.mask and read_input(args.mask, mask=True)
+    if mask:
+        name_mask(args.mask, *(sd.open_picture(path) for path in (args.image, args.mask)))
     picture, mask = sd.picture_and_mask(image, mask, args.width, args.height, config.size)
     strength = {} if args.strength is None else {"strength": args.strength}
     if args.mask is None and mask.mean() <= 0.005:  # not for a few green or transparent pixels
@@ -180,6 +185,15 @@ def make_task(args, config):
     task = sd.inpainting(config, picture, mask, **strength)
     sd.say(f"painting {mask.mean():.0%} of {args.image.name}")
     return task
+
+
+def name_mask(path, picture, mask):
+    """Said where it may not mean what it looks like."""
+    alpha = mask.convert("RGBA").getchannel("A").getextrema()[0]
+    if alpha < 128:
+        sd.say_once(f"{path.name} is clear in parts: where it is not is painted, white or black.")
+    if abs(picture.width * mask.height / picture.height / mask.width - 1) > 0.02:
+        sd.say_once(f"{path.name} has another shape than the picture, and is cropped to it.")
 
 
 def load_controls(args, model, task):
@@ -198,7 +212,7 @@ def load_hint(image, size, path):
     examples)
     """
     picture, opaque = sd.load_picture(grey(sd.open_picture(image)), *size)
-    picture[opaque < 0.5] = -1 if "inpaint" in path.name.lower() else 0
+    picture[opaque < 0.5] = -1 if "inpaint" in full_name(path).lower() else 0
     return picture
 
 
@@ -216,8 +230,8 @@ def name_size(width, height, config):
     if times > 2:
         sd.say_once(
             f"{width} x {height} is {times:.1f} times what the model was trained on, "
-            f"{config.size} x {config.size}: it takes more than {times:.0f} times as long and "
-            "more memory, and things may be there twice. --upscale paints at the model's size first."
+            f"{config.size} x {config.size}: it takes more than {times:.0f} times as long, and "
+            "more memory, and things may be there twice. --upscale avoids that."
         )
 
 
@@ -384,7 +398,10 @@ def run(args):
         return
     painter = make_painter(args)
     for line in lines:
-        line.lora, line.cfg, line.guidance = args.lora, line.cfg, args.guidance
+        line.lora, line.guidance = args.lora, args.guidance
+        line.cfg = line.cfg if args.guidance is None else args.cfg
     name_unused(painter.model, [*read, *(line.negative_prompt for line in lines)])
+    total = sum(len(line.seed) * line.n_images for line in lines)
     for line, seed, count, number in share_of_this_process(lines):
+        progress(line, f"painting {number} of {total}, seed {seed}")
         painter.paint(line, seed, count, number)

@@ -41,7 +41,9 @@ THEIR_SAMPLERS = {  # ours: AUTOMATIC1111's name, its schedule
     "dpm++": ("DPM++ 2M", None),
     "dpm++-karras": ("DPM++ 2M", "Karras"),
 }
-OUR_SAMPLERS = {  # theirs, without spaces, dots and dashes: ours
+OUR_SAMPLERS = {  # theirs, without spaces, dots and dashes: ours; diffusers' classes, too
+    "pndm": "plms", "eulerdiscrete": "euler", "eulerancestraldiscrete": "euler-a",
+    "lmsdiscrete": "lms", "dpmsolvermultistep": "dpm++", "dpmpp": "dpm++",
     "eulera": "euler-a", "eulerancestral": "euler-a", "dpm++2m": "dpm++", "dpm2m++": "dpm++",
     "dpmpp2m": "dpm++",
 }  # fmt: skip
@@ -64,9 +66,10 @@ def read_sampler(text):
 
 def read_sampler_option(text):
     """As somebody may write it: also "DPM++ 2M Karras"."""
-    name = read_sampler(text)
-    both = f"{name}-karras"
-    return both if text.lower().endswith(" karras") and both in SAMPLERS else name
+    name = re.sub(r"[\s_]karras$", " karras", text.lower().removesuffix("scheduler"))
+    karras, name = name.endswith(" karras"), read_sampler(name)
+    name = f"{name}-karras" if karras and f"{name}-karras" in SAMPLERS else name
+    return name if name in SAMPLERS else text
 
 
 def read_schedule(values):

@@ -188,11 +188,12 @@ def explain(text, folders, what, entries, problems):
             "hub, give org/name or org/name/FILE."
         )
     places = ", ".join(f"{f}{'' if os.path.isdir(f) else ' (not there)'}" for f in folders)
-    start = f"there is no {what} {text}, as a path" + (f" or in {places}" if places else "")
+    start = f"there is no {what} {text}, here" + (f" or in {places}" if places else "")
     if hub.parse(text):  # and it was not asked for
         start += f"; nor is it looked for on the hub, for {Path(text).parts[0]} is a folder here"
     near = nearest(text, entries)
     advice = f"Did you mean {' or '.join(near)}?" if near else "Is the name right?"
+    advice += "" if folders else " To find it by its name, say where with --folder."
     return " ".join([f"{start}. {advice}", *problems])
 
 

@@ -59,6 +59,7 @@ class Studio(sd.StableDiffusion):
 
     def inpaint(self, prompt, image, mask=None, strength=1.0, width=None, height=None, **options):
         """As StableDiffusion's; an image and a mask that are paths are named in the text."""
+        check_names(options)  # before a mask of another name is missed
         options["source"] = {"image": image} | ({} if mask is None else {"mask": mask})
         return super().inpaint(prompt, image, mask, strength, width, height, **options)
 

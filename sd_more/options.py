@@ -47,13 +47,29 @@ def defaults_file():
     return Path(home) / "sd.py" / "defaults.toml"
 
 
+THEIRS = {  # what options are called elsewhere
+    "--cfg-scale": "--cfg", "--guidance-scale": "--cfg", "--scale": "--cfg",
+    "--num-inference-steps": "--steps", "--ddim-steps": "--steps", "--sampling-steps": "--steps",
+    "--init-img": "--image", "--init-image": "--image", "--input-image": "--image",
+    "--ckpt": "--model", "--checkpoint": "--model", "--hf-repo": "--model",
+    "--batch-size": "--n-images", "--batch-count": "--n-images", "--n-iter": "--n-images",
+    "--n-samples": "--n-images", "--num-images": "--n-images",
+    "--sampling-method": "--sampler", "--sampler-name": "--sampler", "--scheduler": "--sampler",
+    "--lora-dir": "--folder", "--lora-model-dir": "--folder", "--embeddings-dir": "--folder",
+    "--denoising-strength": "--strength", "--outdir": "--output", "--control-net": "--controlnet",
+    "--textual-inversion": "--embedding", "--negative": "--negative-prompt", "--fp16": "--dtype",
+    "--half": "--dtype", "--lowvram": "--low-memory", "--medvram": "--low-memory",
+}  # fmt: skip
+
+
 class Parser(argparse.ArgumentParser):
     """What is wrong is one line, and names the option that may have been meant."""
 
     def error(self, message):
         known = [name for action in self._actions for name in action.option_strings]
         wrong = re.findall(r"(?<!\S)--?[a-z][\w-]*", message)
-        near = [n for w in wrong if w not in known for n in difflib.get_close_matches(w, known, 1)]
+        near = [THEIRS[w] for w in wrong if w in THEIRS]
+        near += [n for w in wrong if w not in known for n in difflib.get_close_matches(w, known, 1)]
         hint = f" Did you mean {near[0]}?" if near else ""
         raise SDError(f"{message}.{hint} --help lists all options.")
 
@@ -87,11 +103,11 @@ def make_parser():
                    help="a .png, .jpg or .webp, or a folder; {prompt}, {seed} and {n} in it are "
                         "filled in; if it exists, -2, -3 ... is added; default out.png")
     p.add_argument("--model", metavar="FILE", default=sd.TINY,
-                   help="a checkpoint, a folder, a name; default the miniature")
+                   help="a checkpoint, a folder, a name; default tiny, the miniature")
     g = p.add_argument_group("which prompts, and how they are read")
     g.add_argument("--prompts", metavar="FILE",
                    help="paint each line of this text, - for standard input; options may stand "
-                        "behind a prompt, # begins a comment")
+                        "behind a prompt; a line that begins with # is a comment")
     g.add_argument("--plain-prompt", action="store_true",
                    help="read it as CLIP alone does: 75 tokens, and brackets are characters")
     g.add_argument("--show-tokens", action="store_true",
@@ -114,7 +130,8 @@ def make_parser():
                    help="how much of the way from noise to walk: 0.3 touches up, 1 keeps next to "
                         "nothing; default 0.75, and 1 where only a part is painted")
     g.add_argument("--mask", type=Path, metavar="FILE",
-                   help="paint only where this picture is white")
+                   help="paint only where this picture is white, or if some of it is transparent "
+                        "where it is not")
     g.add_argument("--controlnet", action="append", default=[], metavar="FILE[:WEIGHT]",
                    help="a ControlNet; may be repeated")
     g.add_argument("--control-image", action="append", default=[], metavar="FILE",
@@ -184,7 +201,9 @@ def read_seeds(text):
         if not span and not re.fullmatch(r"\s*[+-]?\d{1,20}\s*", part):
             raise argparse.ArgumentTypeError(f"{text[:60]} is no seed: a number, or 1,2,7-9")
         first, last = (int(n) for n in span.groups()) if span else (int(part),) * 2
-        if not first <= last < first + 10_000 - len(seeds):
+        if last < first:
+            raise argparse.ArgumentTypeError(f"the seeds {part} run backwards")
+        if not last < first + 10_000 - len(seeds):
             raise argparse.ArgumentTypeError(f"{text[:60]} are no seeds, or more than 10,000")
         seeds += range(first, last + 1)
     seeds = [random.SystemRandom().randrange(2**32) if seed == -1 else seed for seed in seeds]
@@ -214,6 +233,7 @@ def parse(argv):
         if "prompt" in given:
             raise SDError(f"two prompts: --prompt, and {' '.join(args.words)[:60]} by itself.")
         args.prompt, given["prompt"] = " ".join(args.words), ""
+    args.model = sd.TINY if args.model == "tiny" else args.model
     args.seed = [args.seed] if isinstance(args.seed, int) else args.seed  # a picture's
     args.given, args.guidance = sorted(given.keys() - {"words"}), None
     args.model_hash = vars(args).get("model_hash")  # a picture's
@@ -228,7 +248,7 @@ def parse_line(words, args):
     parser.set_defaults(**vars(args))
     own = parser.parse_args(words)
     if own.words != args.words:
-        raise SDError(f"{' '.join(own.words)[:60]} stands behind the options: put it in quotes.")
+        raise SDError(f"{' '.join(own.words)[:60]} stands behind the options: put it before them.")
     if (args.image or args.controlnet) and given.keys() & {"width", "height"}:
         raise SDError("with --image or --controlnet all lines have one size: give it once.")
     return own, given
@@ -303,7 +323,8 @@ def check(args):
     check_numbers(args)
     if args.n_rows is not None:
         most = args.n_images * len(args.seed)
-        expect(1 <= args.n_rows <= most, "--n-rows", args.n_rows, f"1 to {most}, all pictures")
+        all_of_them = f"1 to {most}, the number of pictures (--n-images)"
+        expect(1 <= args.n_rows <= most, "--n-rows", args.n_rows, all_of_them)
         if count_processes() > 1:
             raise SDError("--n-rows needs all pictures: paint with one process, not several.")
     if "prompt" in args.given and args.prompts:
@@ -318,6 +339,9 @@ def check(args):
         )
     for text in [*args.lora, *args.controlnet]:
         path_and_number(text)
+    for path in filter(None, (args.image, args.mask, *args.control_image)):
+        if not Path(path).is_file():
+            raise SDError(f"there is no file {path}. Is the name right?")
     for folder in args.folder:
         if not folder.is_dir():
             raise SDError(f"--folder: there is no folder {folder}. Is the name right?")

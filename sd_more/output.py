@@ -38,6 +38,8 @@ def choose_name(output, prompt, seed, n):
     number among all.
     """
     path = Path(output)
+    if str(output) == "-":
+        raise SDError("--output - is not done: a picture is written to a file.")
     if str(output).endswith("/") or os.path.isdir(path) or (path.suffix == "" and path.name):
         path = path / "{prompt}-{seed}.png"
     if path.suffix.lower() not in KINDS or not str(output).strip():

@@ -569,11 +569,13 @@ def loras(prompt, *options):
 @pytest.mark.parametrize(
     "prompt, options, found, says",
     [
-        ("<lora:style:0.8>", ["--lora", "Style.safetensors:0.3"], ["Style.safetensors:0.8"], None),
+        ("<lora:style:0.8>", ["--lora", "Style.safetensors:0.3"], ["Style.safetensors:0.8"],
+         "the prompt's strength 0.8 of Style.safetensors takes --lora's place."),
         ("<lora:Style>", ["--folder", "."], ["Style.safetensors:1.0"], None),
         ("<lyco:style:.5:.5>", ["--folder", "."], ["Style.safetensors:0.5"], None),
         ("<lora:style:-1>", ["--lora", "x:0.1", "--lora", "Style.safetensors"],
-         ["x:0.1", "Style.safetensors:-1.0"], None),
+         ["x:0.1", "Style.safetensors:-1.0"],
+         "the prompt's strength -1.0 of Style.safetensors takes --lora's place."),
         ("<lora:foo:0.8>", [], [],
          "<lora:foo:0.8>{}: give --folder or --lora."),
         ("<lora:foo:0.8>", ["--folder", "."], [],
@@ -664,6 +666,8 @@ ONE = "there is only one picture (--n-images)."
     ],
 )  # fmt: skip
 def test_an_option_without_effect_is_named(capsys, options, says):
+    for name in ("a.png", "b.png"):
+        Path(name).touch()
     args = app.parse(options.split())
     assert options_of_it.name_useless(args) == says
     app.check(args)

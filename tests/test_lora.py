@@ -502,7 +502,6 @@ def test_other_kinds_are_refused_by_name(tmp_path, name, says):
          "do not go together"),
         ({"diff": torch.ones(8)}, "do not go together"),
         ({"diff": torch.ones(8, 8, 3, 3)}, "do not go together"),
-        ({"alpha": torch.tensor(1.0)}, "only alpha"),
         ({"lora_up.weight": W[0], "lora_down.weight": W[1], "alpha": torch.tensor(math.inf)},
          "no number"),
         ({"hada_w1_a": torch.ones(20_000, 1), "hada_w1_b": torch.ones(1, 20_000),

@@ -164,7 +164,9 @@ def choose(text, there, weights):
 
 
 def choose_model(there, weights):
-    few = "model_index.json", "tokenizer/merges.txt", "tokenizer/added_tokens.json"
+    few = ["model_index.json"]
+    few += [f"tokenizer/{name}" for name in ("merges.txt", "added_tokens.json", "tokenizer.json")]
+    few += ["tokenizer/tokenizer_config.json", "tokenizer/special_tokens_map.json"]
     needed = [file for file in there if file in few]
     needed += [f for f in there if re.fullmatch(r"\w+/(scheduler_)?config\.json", f)]
     for part, names in weights.items():
