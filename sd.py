@@ -705,9 +705,9 @@ def go_down(network, x, t, context, hint=0):
 
 
 def run_row(row, x, time, context, size=None):
-    more = {ResBlock: [time], TransformerBlock: [context], Upsample: [size]}  # what they are told
+    told = {"ResBlock": [time], "TransformerBlock": [context], "Upsample": [size]}
     for layer in row:
-        x = layer(x, *more.get(type(layer), []))
+        x = layer(x, *told.get(type(layer).__name__, []))  # faster layers have the same names
     return x
 
 
@@ -1286,8 +1286,8 @@ def accelerate(network, dtype, fast=True):
         return
     from sd_more import fast as faster
 
-    layers = Linear, GEGLU, Conv, GroupNorm, NormSilu, LayerNorm, Activation, AttentionCore
-    table = {layer: getattr(faster.cpu, layer.__name__) for layer in layers}
+    layers = Linear, GEGLU, Conv, GroupNorm, NormSilu, LayerNorm, Upsample, Activation
+    table = {layer: getattr(faster.cpu, layer.__name__) for layer in (*layers, AttentionCore)}
     table = {AttentionCore: faster.gpu.AttentionCore} if on_gpu() else table
     faster.accelerate(network, table, dtype)
 

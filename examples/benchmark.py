@@ -3,15 +3,20 @@
     pip install -e '.[test,benchmark]'
     python examples/benchmark.py                            everything, in an hour on two cores
     python examples/benchmark.py --only unet decode         some of it, see --help
+    python examples/benchmark.py --sizes 2.1                Stable Diffusion 2.1 at 768 x 768
     python examples/benchmark.py --model folder             a diffusers folder's weights, not random
 
-Without --model, random weights of Stable Diffusion 1.5's sizes are made on the spot, rounded to
+Without --model, random weights of Stable Diffusion's sizes are made on the spot, rounded to
 float16, as most files of weights are; every program gets the same. It needs 20 GB of memory and,
 for as long as it runs, of disk. It prints Markdown, and with --plot it writes a plot.
 
 Each program has a process of its own, and their runs are interleaved, so that a noisy machine is
-noisy for all. The first call of each is not counted. What they compute is compared, too: the error
-is the largest difference from diffusers in float32, relative to the largest number.
+noisy for all. The first call of each is not counted; OpenVINO and torch.compile prepare themselves
+in it for the very shapes that follow. Above each table stands how fast the machine multiplied large
+matrices just then, which tells a reader how to compare it with another machine.
+
+What they compute is compared, too: the error is the largest difference from diffusers in float32,
+relative to the largest number.
 
 A guided UNet call answers for the same latents without the prompt and with it. diffusers repeats
 the latents and runs a batch of two; sd.py's UNet takes them once, with both contexts, and repeats
@@ -19,13 +24,16 @@ them itself where the first of them is read. The results are the same, and are c
 """
 
 import argparse
+import contextlib
 import ctypes
 import importlib.metadata
 import importlib.util
+import json
 import multiprocessing
 import os
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -35,6 +43,7 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
@@ -71,8 +80,11 @@ def open_sd(folder, task, low_memory=False):
     def unet(x, context):
         return to_nchw(model.unet(to_nhwc(x), 500, mx.array(context)))
 
-    def picture(size, steps):
-        return model.txt2img(PROMPT, cfg=7.5, steps=steps, width=size, height=size)
+    def picture(size, steps, start=None):
+        options = {"cfg": 7.5, "steps": steps, "width": size, "height": size}
+        if start is None:
+            return model.txt2img(PROMPT, **options)
+        return model.img2img(PROMPT, Image.fromarray(start), strength=1.0, **options)
 
     return {
         "text": lambda ids: np.array(model.text_encoder(mx.array(ids))),
@@ -87,7 +99,7 @@ def open_sd_low_memory(folder, task):
     return open_sd(folder, task, low_memory=True)
 
 
-def torch_part(folder, task, dtype="float32"):
+def torch_part(folder, task, dtype):
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel
@@ -108,24 +120,30 @@ def torch_part(folder, task, dtype="float32"):
     }[task], model
 
 
-def open_diffusers(folder, task, dtype="float32", layout="contiguous_format"):
+def open_diffusers(folder, task, dtype="float32", layout="contiguous_format", compiled=False):
     import torch
 
     layout, kind = getattr(torch, layout), getattr(torch, dtype)
     if task == "picture":
-        from diffusers import StableDiffusionPipeline
+        from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 
         pipeline = StableDiffusionPipeline.from_pretrained(folder / "diffusers", torch_dtype=kind)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.unet.to(memory_format=layout)
         pipeline.vae.to(memory_format=layout)
-        return lambda size, steps: (
-            pipeline(
-                PROMPT, height=size, width=size, num_inference_steps=steps, guidance_scale=7.5
-            ).images
-        )
+        other = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
+        other.set_progress_bar_config(disable=True)
+
+        def picture(size, steps, start=None):
+            options = {"num_inference_steps": steps, "guidance_scale": 7.5}
+            if start is None:
+                return pipeline(PROMPT, height=size, width=size, **options).images
+            return other(PROMPT, image=Image.fromarray(start), strength=1.0, **options).images
+
+        return picture
     f, model = torch_part(folder, task, dtype)
     model.to(memory_format=layout)
+    f, ready = torch.compile(f, dynamic=False) if compiled else f, set()
 
     def tensor(x):
         x = torch.from_numpy(x)
@@ -136,6 +154,12 @@ def open_diffusers(folder, task, dtype="float32", layout="contiguous_format"):
         x = x.contiguous(memory_format=layout) if x.ndim == 4 else x
         return f(x, *context).float().numpy()
 
+    def prepare(*arguments):
+        if compiled and (shapes := tuple(a.shape for a in arguments)) not in ready:
+            ready.add(shapes)
+            run(*arguments)
+
+    run.prepare = prepare
     return run
 
 
@@ -147,6 +171,14 @@ def open_bfloat16(folder, task):
     return open_diffusers(folder, task, "bfloat16", "channels_last")
 
 
+def open_compiled(folder, task):
+    return open_diffusers(folder, task, layout="channels_last", compiled=True)
+
+
+def open_compiled_bfloat16(folder, task):
+    return open_diffusers(folder, task, "bfloat16", "channels_last", compiled=True)
+
+
 def write_openvino(folder, task, shapes):
     """Write the network in OpenVINO's format. Tracing keeps several copies of it in memory, so
     this is called in a process of its own.
@@ -154,7 +186,7 @@ def write_openvino(folder, task, shapes):
     import openvino
     import torch
 
-    f, model = torch_part(folder, task)
+    f, model = torch_part(folder, task, "float32")
 
     class Traced(torch.nn.Module):
         def __init__(self):
@@ -185,6 +217,8 @@ def open_openvino(folder, task, precision="f32"):
             model = core.read_model(folder / f"{task}.xml")
             model.reshape(dict(enumerate(map(list, shapes))))
             hint = {"INFERENCE_PRECISION_HINT": precision}
+            if count := os.environ.get("OMP_NUM_THREADS"):
+                hint["INFERENCE_NUM_THREADS"] = int(count)
             ready[shapes] = core.compile_model(model, "CPU", hint)
             ready[shapes](list(arguments))  # the first call is slower
         return ready[shapes]
@@ -206,11 +240,15 @@ PROGRAMS = {
     TRUTH: open_diffusers,
     LAST: open_channels_last,
     "diffusers, bfloat16, channels-last": open_bfloat16,
+    "torch.compile, float32": open_compiled,
+    "torch.compile, bfloat16": open_compiled_bfloat16,
     "OpenVINO, float32": open_openvino,
     "OpenVINO, bfloat16": open_openvino_bfloat16,
 }
 if not importlib.util.find_spec("openvino"):
     PROGRAMS = {name: program for name, program in PROGRAMS.items() if "OpenVINO" not in name}
+if not shutil.which(os.environ.get("CXX", "g++")):  # what torch.compile writes is C++
+    PROGRAMS = {name: program for name, program in PROGRAMS.items() if "compile" not in name}
 
 # %% Processes and turns ---------------------------------------------------------------------------
 
@@ -224,7 +262,27 @@ def apart(f, *arguments):
         sys.exit(f"{f.__name__} ended with status {process.exitcode}")
 
 
-def write_models(folder, model):
+# The sizes of the networks, for random weights; with heads as 1.x counts them, 8 on each level, and
+# as 2.x does, 64 channels each.
+SIZES = {
+    "1.5": {
+        "size": 512, "prediction": "eps",
+        "text": {"width": 768, "layers": 12, "heads": 12, "activation": "quick_gelu", "pad": 49407},
+        "unet": {"widths": [320, 640, 1280, 1280], "heads": [8] * 4, "groups": 32,
+                 "context_width": 768},
+        "vae": {"widths": [128, 256, 512, 512], "groups": 32, "scale": 0.18215},
+    },
+    "2.1": {
+        "size": 768, "prediction": "v",
+        "text": {"width": 1024, "layers": 23, "heads": 16, "activation": "gelu", "pad": 0},
+        "unet": {"widths": [320, 640, 1280, 1280], "heads": [5, 10, 20, 20], "groups": 32,
+                 "context_width": 1024},
+        "vae": {"widths": [128, 256, 512, 512], "groups": 32, "scale": 0.18215},
+    },
+}  # fmt: skip
+
+
+def write_models(folder, model, sizes):
     """The weights as a diffusers folder, and as sd.py's flat file."""
     import convert_weights
 
@@ -237,14 +295,8 @@ def write_models(folder, model):
 
         from tests import reference
 
-        config = {
-            "size": 512, "prediction": "eps",
-            "text": {"width": 768, "layers": 12, "heads": 12, "activation": "quick_gelu",
-                     "pad": 49407},
-            "unet": {"widths": [320, 640, 1280, 1280], "heads": [8] * 4, "groups": 32,
-                     "context_width": 768},
-            "vae": {"widths": [128, 256, 512, 512], "groups": 32, "scale": 0.18215},
-        }  # fmt: skip
+        config = SIZES[sizes]
+        prediction = {"eps": "epsilon", "v": "v_prediction"}[config["prediction"]]
         torch.set_grad_enabled(False)
         networks = map(reference.shake, reference.reference_models(config))
         text, unet, vae = (network.half() for network in networks)
@@ -253,7 +305,7 @@ def write_models(folder, model):
             text_encoder=text,
             tokenizer=reference.train.tokenizer(folder),
             unet=unet,
-            scheduler=reference.scheduler(PNDMScheduler),
+            scheduler=reference.scheduler(PNDMScheduler, prediction_type=prediction),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
@@ -324,8 +376,43 @@ def from_enter(*arguments):
 # %% What is measured ------------------------------------------------------------------------------
 
 
+def matrix_rate(pipe):
+    a = np.ones((2048, 2048), np.float32)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    pipe.send(2 * 2048**3 / min(times) / 1e9)
+
+
+def rates():
+    """The GFLOP/s of a large product in float32, with NumPy: of one core, and of all."""
+    found = []
+    for count in ("1", os.environ.get("OPENBLAS_NUM_THREADS")):
+        with threads(count):
+            pipe, theirs = SPAWN.Pipe()
+            apart(matrix_rate, theirs)
+            found.append(f"{pipe.recv():.0f}")
+    return found
+
+
+@contextlib.contextmanager
+def threads(count):
+    """Processes that are started inside use so many threads; with None as many as they like."""
+    names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
+    before = {name: os.environ.pop(name, None) for name in names}
+    os.environ.update({name: count for name in names if count})
+    yield
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        os.environ.update({name: value} if value else {})
+
+
 def table(title, columns, rows):
-    print(f"\n| {title} | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
+    one, every = rates()
+    print(f"\nMatrix products: {one} GFLOP/s on one core, {every} on all.\n")
+    print(f"| {title} | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
     for name, cells in rows.items():
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
@@ -344,11 +431,17 @@ def compare(title, folder, task, arguments, runs, names=tuple(PROGRAMS), first=N
     table(title, ("median s", "sd.py's time / this", "error"), rows)
 
 
-def inputs(batch, size, guided=False):
+def inputs(folder, batch, size, guided=False):
     """-> x, context. guided: the context twice, as without the prompt and with it."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((batch, 4, size // 8, size // 8), np.float32)
-    return x, rng.standard_normal((2 * batch if guided else batch, 77, 768), np.float32)
+    width = json.loads((folder / "diffusers/unet/config.json").read_text())["cross_attention_dim"]
+    return x, rng.standard_normal((2 * batch if guided else batch, 77, width), np.float32)
+
+
+def picture_size(folder):
+    """The width of the pictures that the model was trained on: 512 or 768."""
+    return json.loads((folder / "diffusers/unet/config.json").read_text())["sample_size"] * 8
 
 
 def measure_text(folder, runs):
@@ -358,41 +451,74 @@ def measure_text(folder, runs):
 
 
 def measure_unet(folder, runs):
-    compare("one guided UNet call, 512 x 512", folder, "unet", inputs(1, 512, guided=True), runs)
+    size = picture_size(folder)
+    title = f"one guided UNet call, {size} x {size}"
+    compare(title, folder, "unet", inputs(folder, 1, size, guided=True), runs)
 
 
 def measure_decode(folder, runs):
-    compare("VAE decode, 512 x 512", folder, "decode", inputs(1, 512)[:1], runs)
+    size = picture_size(folder)
+    compare(f"VAE decode, {size} x {size}", folder, "decode", inputs(folder, 1, size)[:1], runs)
 
 
 def measure_encode(folder, runs):
-    picture = np.random.default_rng(0).random((1, 3, 512, 512), np.float32) * 2 - 1
-    compare("VAE encode, 512 x 512", folder, "encode", (picture,), runs)
+    size = picture_size(folder)
+    picture = np.random.default_rng(0).random((1, 3, size, size), np.float32) * 2 - 1
+    compare(f"VAE encode, {size} x {size}", folder, "encode", (picture,), runs)
 
 
 def measure_picture(folder, runs):
-    title = "a picture, 512 x 512, 20 steps"
-    compare(title, folder, "picture", (512, 20), min(runs, 3), (OURS, LAST), first=(64, 1))
+    """From the prompt, and from a picture with all of the steps."""
+    size, runs = picture_size(folder), min(runs, 3)
+    start = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
+    for what, steps, *more in (("a picture", 20), ("a picture", 50), ("img2img", 10, start)):
+        title = f"{what}, {size} x {size}, {steps} steps"
+        compare(title, folder, "picture", (size, steps, *more), runs, (OURS, LAST), first=(64, 1))
 
 
-def scaling(title, folder, sets, columns, unit):
-    names = [name for name in PROGRAMS if name != TRUTH and "OpenVINO, b" not in name]
+def measure_cores(folder, runs):
+    """A guided UNet call on 1, 2 and all cores, and how many times faster than on 1 that is."""
+    size, every = picture_size(folder), os.cpu_count() or 1
+    counts = sorted({1, min(2, every), every})
+    names = [OURS, LAST, *(name for name in PROGRAMS if name == "OpenVINO, float32")]
+    medians = {name: [] for name in names}
+    for count in counts:
+        with threads(str(count)):
+            found, _ = turns(folder, "unet", [inputs(folder, 1, size, guided=True)], runs, names)
+        for name in names:
+            medians[name] += found[name]
+    rows = {
+        name: [f"{seconds:.2f} ({several[0] / seconds:.2f})" for seconds in several]
+        for name, several in medians.items()
+    }
+    title = f"seconds for one guided UNet call, {size} x {size} (speed-up), cores"
+    table(title, list(map(str, counts)), rows)
+
+
+def scaling(title, folder, sets, cell):
+    """cell(key of a set, its seconds) -> the numbers to show, of which the last is plotted."""
+    names = [name for name in PROGRAMS if name in (OURS, LAST, "OpenVINO, float32") or "bf" in name]
+    names = [name for name in names if "OpenVINO, b" not in name and "compile" not in name]
     medians, _ = turns(folder, "unet", list(sets.values()), 1, names)
-    rows = {name: [f"{unit(key, s):.3g}" for key, s in zip(sets, medians[name])] for name in names}
-    table(title, columns, rows)
-    return {name: [float(cell) for cell in row] for name, row in rows.items()}
+    cells = {name: [cell(key, s) for key, s in zip(sets, medians[name])] for name in names}
+    rows = {
+        name: [" / ".join(f"{n:.3g}" for n in several) for several in row]
+        for name, row in cells.items()
+    }
+    table(title, list(map(str, sets)), rows)
+    return {name: [several[-1] for several in row] for name, row in cells.items()}
 
 
 def measure_batches(folder, runs):
-    sets = {n: inputs(n, 512) for n in (1, 2, 4, 6, 8, 12, 16)}
-    title = "pictures a second through the UNet, 512 x 512, in a batch of"
-    return scaling(title, folder, sets, list(map(str, sets)), lambda n, seconds: n / seconds)
+    sets = {n: inputs(folder, n, 512) for n in (1, 2, 4, 6, 8, 12, 16)}
+    title = "iterations / pictures a second through the UNet, 512 x 512, in a batch of"
+    return scaling(title, folder, sets, lambda n, seconds: (1 / seconds, n / seconds))
 
 
 def measure_sizes(folder, runs):
-    sets = {size: inputs(1, size, guided=True) for size in (256, 512, 768, 1024)}
+    sets = {size: inputs(folder, 1, size, guided=True) for size in (256, 512, 768, 1024)}
     title = "seconds for one guided UNet call, pixels"
-    return scaling(title, folder, sets, list(map(str, sets)), lambda _, seconds: seconds)
+    return scaling(title, folder, sets, lambda _, seconds: (seconds,))
 
 
 def measure_memory(folder, runs):
@@ -402,6 +528,8 @@ def measure_memory(folder, runs):
         "sd.py, --low-memory": open_sd_low_memory,
         TRUTH: open_diffusers,
         "diffusers, bfloat16, channels-last": open_bfloat16,
+        "torch.compile, float32": open_compiled,
+        "torch.compile, bfloat16": open_compiled_bfloat16,
     }.items():
         rows[name] = []
         for size in (512, 1024):
@@ -415,8 +543,8 @@ def measure_start(folder, runs):
     sd, out = str(HERE / "sd.py"), str(folder / "out.png")
     rows = {
         "`sd.py --help`": (f"{from_enter(sd, '--help'):.2f}",),
-        "the miniature's picture, 25 steps": (
-            f"{from_enter(sd, '--steps', '25', '--output', out):.2f}",
+        "the miniature's picture, 50 steps": (
+            f"{from_enter(sd, '--steps', '50', '--output', out):.2f}",
         ),
     }
     table("from Enter to the end", ("median s",), rows)
@@ -468,6 +596,7 @@ def installed(package):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--model", metavar="FOLDER", help="a diffusers folder (default: random weights)")
+    p.add_argument("--sizes", choices=SIZES, default="1.5", help="of random weights")
     p.add_argument("--only", nargs="+", choices=TASKS, default=TASKS, help="measure only these")
     p.add_argument("--runs", type=int, default=5, metavar="N", help="calls of each (default: 5)")
     p.add_argument("--plot", metavar="FILE", help="batches and sizes as a picture")
@@ -478,7 +607,7 @@ def main(argv=None):
     curves = {}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        apart(write_models, folder, args.model)
+        apart(write_models, folder, args.model, args.sizes)
         for task in args.only:
             curves[task] = TASKS[task](folder, args.runs)
     curves = {task: curve for task, curve in curves.items() if curve}

@@ -1,5 +1,6 @@
 """LowMemory: the same pictures as StableDiffusion paints, with one network in memory at a time."""
 
+import gc
 import json
 
 import mlx.core as mx
@@ -8,6 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 import sd
+import sd_more.samplers  # noqa: F401  it adds samplers
 from sd_more.low_memory import LowMemory, in_tiles
 from sd_more.prompts import read_weighted
 from sd_more.textual_inversion import textual_inversion
@@ -107,6 +109,7 @@ def size(network, *parts):
 @pytest.mark.parametrize("controlled", [False, True], ids=["alone", "its copy with controls"])
 def test_low_memory_keeps_one_network_in_memory(controlled):
     """What MLX holds: first nothing, then the UNet, then the half of the VAE that decodes."""
+    gc.collect()  # what other tests left
     mx.clear_cache()
     before = mx.get_active_memory()
     model = LowMemory()

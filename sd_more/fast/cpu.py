@@ -2,18 +2,23 @@
 
 MLX's build for Linux multiplies matrices on a CPU with plain loops, and computes exp and erf one
 number at a time. NumPy has OpenBLAS and vector instructions for both. It can read an evaluated MLX
-array without a copy; going back is one copy. So these layers evaluate what they are given, and can
-be neither compiled nor differentiated.
+array without a copy, and write into a new one of zeros; only small results are copied. So these
+layers evaluate what they are given, and can be neither compiled nor differentiated.
 
 All compute in float32 and give back the type that they were given.
 """
+
+import math
 
 import mlx.core as mx
 import numpy as np
 
 from . import kernels
+from .kernels import flat
 from .layer import FastLayer
 from .parallel import keep_memory
+
+SMALL = 1 << 18  # numbers in a result: 1 MB
 
 
 def as_float32(x):
@@ -31,53 +36,96 @@ class CPULayer(FastLayer):
 
     def __call__(self, *inputs):
         keep_memory()
+        shape, dtype = self.shape_for(inputs[0]), inputs[0].dtype
+        small = math.prod(shape) < SMALL  # then to copy the result is faster than to ask for zeros
+        y = np.empty(shape, np.float32) if small else mx.zeros(shape)
         with np.errstate(all="ignore"):  # what is not finite is seen in the picture
-            y = self.compute(*(as_float32(x) for x in inputs))
-        return mx.array(y).astype(inputs[0].dtype)
+            self.compute(*(as_float32(x) for x in inputs), out=np.array(y, copy=False))
+        return (mx.array(y) if small else y).astype(dtype)
+
+    def shape_for(self, x):
+        """The result's shape."""
+        return x.shape
 
     def keeps(self, name, dtype):
         """Matrices of 16 bits stay what they are: kernels.widen makes them float32 in passing."""
-        return dtype == mx.float32 and self[name].ndim > 1 and self[name].dtype.size == 2
+        weight = self[name]
+        kept = isinstance(weight, mx.array) and weight.ndim > 1 and weight.dtype.size == 2
+        return kept and dtype == mx.float32
 
 
 class Linear(CPULayer):
-    def compute(self, x):
+    def shape_for(self, x):
+        return *x.shape[:-1], len(self.weight)
+
+    def compute(self, x, out):
         bias = as_float32(self.bias) if "bias" in self else None
-        return kernels.linear(x, as_stored(self.weight), bias)
+        kernels.linear(flat(x), as_stored(self.weight), bias, flat(out))
 
 
 class GEGLU(CPULayer):
-    def compute(self, x):
-        return kernels.geglu(x, as_stored(self.weight), as_float32(self.bias))
+    def shape_for(self, x):
+        return *x.shape[:-1], len(self.weight) // 2
+
+    def compute(self, x, out):
+        kernels.geglu(flat(x), as_stored(self.weight), as_float32(self.bias), flat(out))
 
 
 class Conv(CPULayer):
-    def compute(self, x):
+    def shape_for(self, x):
+        b, h, w, _ = x.shape
+        o, k, _, _ = self.weight.shape
+        h, w = ((n + 2 * self.padding - k) // self.stride + 1 for n in (h, w))
+        return b, h, w, o
+
+    def compute(self, x, out):
         weight, bias = as_stored(self.weight), as_float32(self.bias)
-        return kernels.conv(x, weight, bias, self.stride, self.padding)
+        kernels.conv(x, weight, bias, self.stride, self.padding, out)
+
+
+class Upsample(CPULayer):
+    """Its convolution reads each position of x where the plain one reads 2 x 2 copies of it. If
+    that is to be cut to a smaller size (h, w), the copies are made: what is cut off is not read.
+    """
+
+    def __call__(self, x, size=(None, None)):
+        _, h, w, _ = x.shape
+        if tuple(size) in ((None, None), (2 * h, 2 * w)):
+            return super().__call__(x)
+        x = mx.repeat(mx.repeat(x, 2, axis=1), 2, axis=2)
+        return self.conv(x[:, : size[0], : size[1]])
+
+    def shape_for(self, x):
+        b, h, w, _ = x.shape
+        return b, 2 * h, 2 * w, len(self.conv.weight)
+
+    def compute(self, x, out):
+        weight, bias = as_stored(self.conv.weight), as_float32(self.conv.bias)
+        kernels.conv(x, weight, bias, self.conv.stride, self.conv.padding, out, twice=True)
 
 
 class GroupNorm(CPULayer):
-    def compute(self, x, then=None):
+    then = None  # what else to do to each number
+
+    def compute(self, x, out):
         weight, bias = as_float32(self.weight), as_float32(self.bias)
-        return kernels.group_norm(x, weight, bias, self.groups, self.epsilon, then)
+        kernels.group_norm(x, weight, bias, self.groups, self.epsilon, self.then, out)
 
 
 class NormSilu(GroupNorm):
-    def compute(self, x):
-        return super().compute(x, then=kernels.silu)
+    then = staticmethod(kernels.silu)
 
 
 class LayerNorm(CPULayer):
-    def compute(self, x):
-        return kernels.layer_norm(x, as_float32(self.weight), as_float32(self.bias), 1e-5)
+    def compute(self, x, out):
+        kernels.layer_norm(x, as_float32(self.weight), as_float32(self.bias), 1e-5, out)
 
 
 class Activation(CPULayer):
-    def compute(self, x):
-        return kernels.elementwise(kernels.ACTIVATIONS[self.name], x)
+    def compute(self, x, out):
+        kernels.elementwise(kernels.ACTIVATIONS[self.name], x, out)
 
 
 class AttentionCore(CPULayer):
-    def compute(self, q, k, v):
-        return kernels.attention(q, k, v, self.heads, self.causal)
+    def compute(self, q, k, v, out):
+        kernels.attention(q, k, v, self.heads, self.causal, out)

@@ -16,15 +16,23 @@ import numpy as np
 
 
 @functools.cache
-def openblas(verb):
-    """OpenBLAS's function {verb}_num_threads, verb being get or set; None with another library."""
+def openblas(name):
+    """OpenBLAS's function of that name, such as get_num_threads; None with another library."""
     try:
         library = ctypes.CDLL(sys.modules["numpy._core._multiarray_umath"].__file__)
     except (KeyError, OSError):
         return None
     for prefix, suffix in itertools.product(("scipy_openblas", "openblas"), ("64_", "")):
-        if hasattr(library, name := f"{prefix}_{verb}_num_threads{suffix}"):
-            return getattr(library, name)
+        if hasattr(library, full := f"{prefix}_{name}{suffix}"):
+            return getattr(library, full)
+    return None
+
+
+def kernels():
+    """What OpenBLAS calls the kernels that it chose for this processor, such as "Haswell"."""
+    if get := openblas("get_corename"):
+        get.restype = ctypes.c_char_p
+        return get().decode()
     return None
 
 
@@ -34,7 +42,11 @@ def cores():
 
     1 with another library: then it is this that uses the cores, inside each product.
     """
-    return openblas("get")() if openblas("get") and openblas("set") else 1
+    return (
+        openblas("get_num_threads")()
+        if openblas("get_num_threads") and openblas("set_num_threads")
+        else 1
+    )
 
 
 class OneBlasThread:
@@ -46,15 +58,15 @@ class OneBlasThread:
     def __enter__(self):
         with self.lock:
             if self.inside == 0 and cores() > 1:
-                self.before = openblas("get")()
-                openblas("set")(1)
+                self.before = openblas("get_num_threads")()
+                openblas("set_num_threads")(1)
             self.inside += 1
 
     def __exit__(self, *_):
         with self.lock:
             self.inside -= 1
             if self.inside == 0 and cores() > 1:
-                openblas("set")(self.before)
+                openblas("set_num_threads")(self.before)
 
 
 ONE_BLAS_THREAD = OneBlasThread()
@@ -96,6 +108,17 @@ def parallel_for(f, *jobs, work):
             wait(helpers)
     for helper in helpers:
         helper.result()  # raises what was raised there
+
+
+def parallel_map(f, jobs, work):
+    """-> [f(job) for job in jobs], on all cores."""
+    results = [None] * len(jobs)
+
+    def put(i):
+        results[i] = f(jobs[i])
+
+    parallel_for(put, range(len(jobs)), work=work)
+    return results
 
 
 def slices(n, size):
