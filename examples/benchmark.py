@@ -247,7 +247,8 @@ PROGRAMS = {
 }
 if not importlib.util.find_spec("openvino"):
     PROGRAMS = {name: program for name, program in PROGRAMS.items() if "OpenVINO" not in name}
-if not shutil.which(os.environ.get("CXX", "g++")):  # what torch.compile writes is C++
+# torch.compile takes minutes and gigabytes, and writes C++.
+if not os.environ.get("COMPILE") or not shutil.which(os.environ.get("CXX", "g++")):
     PROGRAMS = {name: program for name, program in PROGRAMS.items() if "compile" not in name}
 
 # %% Processes and turns ---------------------------------------------------------------------------
@@ -594,7 +595,8 @@ def installed(package):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    compiled = "With COMPILE=1 in the environment torch.compile is measured, too."
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=compiled)
     p.add_argument("--model", metavar="FOLDER", help="a diffusers folder (default: random weights)")
     p.add_argument("--sizes", choices=SIZES, default="1.5", help="of random weights")
     p.add_argument("--only", nargs="+", choices=TASKS, default=TASKS, help="measure only these")
