@@ -226,8 +226,9 @@ def test_guidance_computes_once_what_has_seen_no_sentence(pair, exchanged, monke
     rng = np.random.default_rng(0)
     x = mx.array(rng.standard_normal((2, 16, 8, 4), np.float32))
     context = mx.array(rng.standard_normal((4, 77, pair[0]["unet"]["context_width"]), np.float32))
-    for unet in (pair[2][1], exchanged[1]):
-        assert_close(unet(x, 371, context), unet(mx.concatenate([x, x]), 371, context), 1e-6)
+    # How large Winograd's tiles are goes by the number of positions, so by the batch: 1e-5.
+    for unet, most in ((pair[2][1], 1e-6), (exchanged[1], 1e-5)):
+        assert_close(unet(x, 371, context), unet(mx.concatenate([x, x]), 371, context), most)
     conv, rows = sd.Conv.__call__, []
     count = lambda layer, y: (rows.append(len(y)), conv(layer, y))[1]
     monkeypatch.setattr(sd.Conv, "__call__", count)
