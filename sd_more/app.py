@@ -350,8 +350,6 @@ def progress(args, text, end="\n"):
 def make_painter(args):
     model = load_model(args)
     task = make_task(args, model.config)
-    if args.upscale and not isinstance(task, TextToImage | ImageToImage):
-        raise SDError("--upscale is for whole pictures, not for a part that is painted anew.")
     if args.controlnet:
         model = model.controlled(*load_controls(args, model, task))
     recipe = {
@@ -397,6 +395,9 @@ def run(args):
             show_tokens(model, prompt)
         return
     painter = make_painter(args)
+    whole = type(painter.task) in (TextToImage, ImageToImage)
+    if not whole and any(line.upscale for line in lines):
+        raise SDError("--upscale is for whole pictures, not for a part that is painted anew.")
     for line in lines:
         line.lora, line.guidance = args.lora, args.guidance
         line.cfg = line.cfg if args.guidance is None else args.cfg

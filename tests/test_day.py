@@ -443,3 +443,10 @@ def test_nothing_is_fetched_because_a_picture_names_it(paint, tmp_path, monkeypa
     text = f"a\nSteps: 1, {field}, Version: sd.py"
     save_picture(Image.new("RGB", (64, 64)), tmp_path / "a.png", text)
     assert "org/name" in paint("--from-png", "a.png", status=2).err
+
+
+def test_a_part_that_is_painted_anew_is_not_enlarged(paint, tmp_path):  # noqa: F811
+    Image.new("L", (128, 128), 255).save(tmp_path / "mask.png")
+    options = ("--image", RED_HOUSE, "--mask", "mask.png", "--upscale", 2, "--steps", 1)
+    assert "--upscale is for whole pictures" in paint("a", *options, status=2).err
+    assert names(tmp_path) == {"mask.png"}
