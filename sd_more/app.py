@@ -310,7 +310,9 @@ class Painter:
         steps = len(task.timesteps(range(sampling["steps"])))
         progress(line, "painting over {2} x {1}".format(*picture.shape))
         model = self.model.controlled()  # the same networks
-        model.controls = ()
+        if model.controls:  # whose pictures have the smaller size
+            sd.say_once("--upscale: the ControlNets are not asked while it is painted over.")
+            model.controls = ()
         size = {"width": picture.shape[2], "height": picture.shape[1]}
         walk = model.generate_latents(prompt, task=task, **sampling | size)
         return model, task, self.follow(line, walk, steps)

@@ -450,3 +450,10 @@ def test_a_part_that_is_painted_anew_is_not_enlarged(paint, tmp_path):  # noqa: 
     options = ("--image", RED_HOUSE, "--mask", "mask.png", "--upscale", 2, "--steps", 1)
     assert "--upscale is for whole pictures" in paint("a", *options, status=2).err
     assert names(tmp_path) == {"mask.png"}
+
+
+def test_controlnets_that_are_not_asked_are_said(paint, tmp_path, controlnet):  # noqa: F811
+    controlnet.save_pretrained(tmp_path / "edges")
+    options = ("--controlnet", "edges", "--control-image", RED_HOUSE, "--steps", 2)
+    assert "not asked while" in paint("a", *options, "--upscale", 1.5).err
+    assert "not asked while" not in paint("a", *options).err
