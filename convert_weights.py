@@ -52,6 +52,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 import sd
+from sd_more import palettes
 from sd_more.console import command
 from sd_more.formats import (
     diffusers,
@@ -65,13 +66,14 @@ from sd_more.formats import (
     taesd,
     tokenizers,
 )
-from sd_more.formats.tensor_files import read_safetensors
+from sd_more.formats.tensor_files import make_header, read_safetensors
 from sd_more.formats.tensors import (
+    CODES,
     FLOATS,
-    NUMPY,
     Computed,
     NotConvertible,
     Tensor,
+    cast,
     itemsize,
     open_file,
     read_small,
@@ -888,39 +890,29 @@ def read_merges(source):
 # tensors follow one by one, each forgotten before the next is read. sd.write_complete gives the
 # file another name until it is complete.
 
-CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-
 
 def write(file, found, dtype, merges, metadata):
-    file.write(make_header(found, dtype, merges, metadata))
+    flat = lambda shape: (shape[0], *shape[2:], *shape[1:2])  # (out, kh, kw, in)
+    entries = [(spec.flat, CODES[dtype], flat(spec.shape)) for spec, _, _ in found]
+    entries += [("tokenizer.merges", "U8", (len(merges),))] if merges else []
+    file.write(make_header(entries, metadata))
     broken = []  # of the VAE's encoder, without which a model can still paint
     file.writelines(make_array(spec, tensor, dtype, broken) for spec, _, tensor in found)
     file.write(merges)
 
 
-def make_header(found, dtype, merges, metadata):
-    flat = lambda shape: (shape[0], *shape[2:], *shape[1:2])  # (out, kh, kw, in)
-    shapes = [(spec.flat, CODES[dtype], flat(spec.shape)) for spec, _, _ in found]
-    # The bytes of the merges come last: nothing after them has to be aligned.
-    entries, reached = {"__metadata__": metadata}, 0
-    last = [("tokenizer.merges", "U8", (len(merges),))] if merges else []
-    for name, code, shape in shapes + last:
-        require(name not in entries, f"it has two tensors of the name {name}")
-        end = reached + math.prod(shape) * itemsize(code)
-        entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": [reached, end]}
-        reached = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
-
-
-def make_array(spec, tensor, dtype, may_be_broken):
-    with np.errstate(all="ignore"):  # what is not finite is found below
+def lay_out(spec, tensor):
+    """-> the array as the source has it, in float32, with channels last"""
+    with np.errstate(all="ignore"):  # what is not finite is found when it is cast
         array = tensor.float32().reshape(spec.shape) * np.float32(spec.factor)
     if array.ndim == 4:
         array = array.transpose(0, 2, 3, 1)
     # Not a formality: transpose() only renames the axes, and the bytes are what is written.
-    array = np.ascontiguousarray(array)
+    return np.ascontiguousarray(array)
+
+
+def make_array(spec, tensor, dtype, may_be_broken):
+    array = lay_out(spec, tensor)
     result = cast(array, dtype)
     bits = result & 0x7F80 if dtype == "bfloat16" else None  # all of the exponent's are set
     good = np.isfinite(result).all() if bits is None else (bits != 0x7F80).all()
@@ -935,22 +927,6 @@ def make_array(spec, tensor, dtype, may_be_broken):
     other = f"numbers too large for {dtype}: take --dtype bfloat16 or float32"
     require(good, f"{spec.flat} has {other}")
     return result
-
-
-def cast(array, dtype):
-    """float32 -> what is stored; bfloat16 as its 16 bits"""
-    if dtype != "bfloat16":
-        with np.errstate(over="ignore"):
-            return array.astype(NUMPY[CODES[dtype]])
-    bits = array.view("<u4")
-    # Round half to even: add just less than half, and one more if the last kept bit is odd.
-    rounded = bits >> 16
-    rounded &= 1
-    rounded += 0x7FFF
-    rounded += bits
-    rounded >>= 16
-    # A NaN with all bits set would have wrapped around to a number.
-    return np.where(np.isnan(array), np.uint16(0x7FC0), rounded.astype("<u2"))
 
 
 # %% 7. Plans --------------------------------------------------------------------------------------
@@ -1272,30 +1248,36 @@ def tell(line):
 
 def convert(
     source, output=None, *, dtype="float16", prediction=None, vae=None, safety=None, zero_snr=None,
-    verify=False, log=tell, made_from="",
+    verify=False, bits=None, min_psnr=palettes.FLOOR, check=False, log=tell, made_from="",
 ):  # fmt: skip
     """Write the flat file, by default beside the source, and return its path.
 
     vae, safety: a file or folder to take these from. zero_snr: True, if its training went down to
-    noise alone. verify: first compare the checksums in a .ckpt with its bytes. log: is called with
-    each line of the report. made_from: put into the header, for flat_file to recognise what it had
-    converted by itself. Raises ConversionError, and then there is no output, and an older one is as
-    it was.
+    noise alone. verify: first compare the checksums in a .ckpt with its bytes. bits: 2, 4, 6 or 8,
+    or "auto" with min_psnr, see sd_more/palettes.py; the source may be a flat file then. check:
+    compare networks with the source's. log: is called with each line of the report. made_from: put
+    into the header, for flat_file to recognise what it had converted by itself. Raises
+    ConversionError, and then there is no output, and an older one is as it was.
     """
     if dtype not in sd.DTYPES:
         raise ConversionError(f"dtype must be {', '.join(sd.DTYPES)}, got {dtype}.")
     if prediction not in (None, "eps", "v"):
         raise ConversionError(f"prediction must be eps or v, got {prediction}.")
+    size = palettes.make_size(bits, min_psnr, check)
     source, vae = Path(source), vae and Path(vae)
     asked = {"prediction": prediction, "zero_snr": zero_snr or None}
     with what_was_not_done(source, output):
         source = fetch(source, log)
         place = Path(os.path.abspath(source)) if source.is_dir() else source  # "." has no name
-        beside = place.parent / name_output(place)
+        beside = place.parent / name_output(place, size.bits)
         if hub.whence(place):  # not into the hub's cache
-            beside = Path(name_output(place))
+            beside = Path(name_output(place, size.bits))
         output = Path(output or beside)
         check_output(output)
+        if size.bits and sd.read_header(source).get("format", "").startswith("sd.py"):
+            check_overwriting(output, source, [])
+            with blame(source):
+                return palettes.pack_flat(source, output, size, log)
         plan, sources = read_plan(source, vae, safety and Path(safety), asked, verify, log)
         check_overwriting(output, source, plan.found)
         if made_from:
@@ -1308,7 +1290,8 @@ def convert(
         with blame(source):
             parts = plan.found, dtype, plan.merges, metadata
             clear_stale(output.parent)
-            sd.write_complete(output, lambda file: write(file, *parts))
+            original = find_original(plan, sources) if check else None
+            palettes.write(output, lambda file: write(file, *parts), size, original, log)
     count = len(plan.found) + bool(plan.merges)
     log(f"{output}: {count} tensors, {dtype}, {output.stat().st_size / 1e6:.0f} MB")
     return output
@@ -1373,9 +1356,23 @@ def hash_file(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def name_output(path):
+def name_output(path, bits=None):
     name = "-".join(hub.whence(path).split("/")[1:]) or neighbours.title(path)
-    return f"{name if path.is_dir() else Path(name).stem}.flat.safetensors"
+    name = name if path.is_dir() else Path(name).stem.removesuffix(".flat")
+    return f"{name}{f'-{bits}bit' if bits else ''}.flat.safetensors"
+
+
+def find_original(plan, sources):
+    arrays = {spec.flat: functools.partial(lay_out, spec, tensor) for spec, _, tensor in plan.found}
+    parts = {}
+    for kind in ("unet", "text", "vae", "controlnet"):
+        tensors = sources[-1 if kind == "vae" else 0].tensors
+        part = find_part(tensors, kind)
+        if part and part.layout != AVERAGED:
+            n, name = len(part.prefix), "text_encoder" if kind == "text" else kind
+            bare = {key[n:]: each for key, each in tensors.items() if key.startswith(part.prefix)}
+            parts[name] = bare, part.layout == ORIGINAL
+    return palettes.Original(arrays, parts)
 
 
 def check_output(output):
@@ -1520,7 +1517,8 @@ def describe_flat(path, metadata):
     kinds = "model", "lora", "words", "controlnet", "vae", "tiny vae"
     kind = next((k for k in kinds if f'"kind": "{k}"' in metadata.get("config", "")), "model")
     _, weights = sd.read_flat(path, kind)
-    types = collections.Counter(str(w.dtype).removeprefix("mlx.core.") for w in weights.values())
+    dtype = lambda w: getattr(w, "told", str(w.dtype)).removeprefix("mlx.core.")
+    types = collections.Counter(map(dtype, weights.values()))
     yield f"{path}: a flat file ({metadata['format']}): {metadata.get('notes', kind)}"
     yield ", ".join(f"{count} tensors {name}" for name, count in sorted(types.items()))
     yield f"config: {metadata['config']}"
@@ -1556,6 +1554,14 @@ def make_parser():
     p.add_argument("--zero-snr", action="store_true", help=zero)
     sums = "first compare the checksums inside a .ckpt with its bytes, which reading it does not"
     p.add_argument("--verify", action="store_true", help=sums)
+    sized = (
+        "pack the large matrices into 2, 4, 6 or 8 bits a weight, see README; a flat file may be"
+    )
+    p.add_argument("--bits", metavar="N", help=f"{sized} packed, too; auto: see --min-psnr")
+    keeps = "with --bits auto, what each network's answer keeps, in dB (default: %(default)g)"
+    p.add_argument("--min-psnr", type=float, default=palettes.FLOOR, metavar="DB", help=keeps)
+    compares = "compare each network's answer with the source's; with diffusers, where installed"
+    p.add_argument("--check", action="store_true", help=compares)
     info = "convert nothing, only print what SOURCE is; a flat file may be given, too"
     p.add_argument("--info", action="store_true", help=info)
     p.add_argument("--list", action="store_true", help=f"list what is kept in {cache_folder()}")
@@ -1585,8 +1591,8 @@ def main(argv=None):
         if not args.pop("info"):
             convert(**args)
             return
-        del args["output"], args["dtype"]
-        for line in describe(args.pop("source"), **args):
+        asked = ("vae", "safety", "prediction", "zero_snr", "verify")
+        for line in describe(args["source"], **{name: args[name] for name in asked}):
             tell(line)
 
 

@@ -85,7 +85,7 @@ import mlx.core as mx  # arrays, on the GPU where MLX has one
 import numpy as np  # the noise, and matrix products on a CPU
 import regex  # like re, but knows which characters of the world are letters: \p{L}
 from mlx import nn  # only its Module, a tree of arrays that knows their names; none of its layers
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 from PIL import Image, ImageOps  # pictures as files
 from safetensors import SafetensorError, safe_open  # checks a file's header before MLX reads it
 
@@ -1226,6 +1226,9 @@ def read_flat(path, kind="model"):
         raise SDError(f"{path} {why} python convert_weights.py {path}")
     try:
         weights, config = mx.load(str(path), format="safetensors"), json.loads(metadata["config"])
+        if any(name.endswith(".palette") for name in weights):  # convert_weights.py --bits
+            expect(more := find_more(), "sd_more/", "missing", "there, to look up packed weights")
+            weights = more.join(weights)
         if config["kind"] != kind:
             raise SDError(f"it is a {config['kind']}, where a {what} is needed.")
         if kind == "model":
@@ -1240,7 +1243,7 @@ def read_flat(path, kind="model"):
     except SDError as error:
         raise SDError(f"{path} is of no use here: {error} {RECONVERT}") from None
     except (ValueError, TypeError, LookupError, RecursionError, RuntimeError) as error:
-        raise SDError(f"{path} is damaged ({reprlib.repr(error)}). {RECONVERT}") from None
+        raise SDError(f"{path} is damaged ({str(error)[:150]!r}). {RECONVERT}") from None
     return config, weights
 
 
@@ -1273,23 +1276,24 @@ def load_weights(network, weights, prefix):
     if wrong := sorted(n for n in wanted.keys() | there.keys() if wanted.get(n) != there.get(n)):
         first = f"{wrong[0]} is {there.get(wrong[0], 'missing')}, expected {wanted.get(wrong[0])}"
         raise SDError(f"{len(wrong)} tensors of the {prefix} do not fit: {first}. {RECONVERT}")
-    network.load_weights(list(given.items()))
+    network.update(tree_unflatten(list(given.items())), strict=False)
 
 
 def accelerate(network, dtype, fast=True):
     """Exchange leaf layers for faster ones of the same meaning, where sd_more/ is there; cast. On a
     CPU these work on all cores and widen 16-bit weights block by block, on a GPU attention's do."""
-    if not fast or importlib.util.find_spec("sd_more") is None:
-        if fast:
-            say_once("sd_more/ is not there: slower, no brackets in prompts, no safety checker.")
+    if not (faster := find_more()):
+        say_once("sd_more/ is not there: slower, no brackets in prompts, no safety checker.")
         network.apply(lambda weight: weight.astype(dtype))
         return
-    from sd_more import fast as faster
-
     layers = Linear, GEGLU, Conv, GroupNorm, NormSilu, LayerNorm, Upsample, Activation
     table = {layer: getattr(faster.cpu, layer.__name__) for layer in (*layers, AttentionCore)}
     table = {AttentionCore: faster.gpu.AttentionCore} if on_gpu() else table
-    faster.accelerate(network, table, dtype)
+    faster.accelerate(network, table if fast else {}, dtype)
+
+
+def find_more(name="fast"):  # -> that part of sd_more/; None where this file is alone
+    return importlib.util.find_spec("sd_more") and importlib.import_module(f"sd_more.{name}")
 
 
 def read_tokenizer(config, weights):
@@ -1304,21 +1308,21 @@ def write_complete(path, write, overwrite=True):
     """A file that appears complete or not at all: write(file) under another name, then this one.
     -> its path; without overwrite that or the first of path-2, path-3 ... that is free. Locked
     while it is written: what nobody holds locked was left by a process that was killed."""
-    number, part = tempfile.mkstemp(PART, ".", path.parent)
-    try:
-        with open(number, "wb") as file:
+    naming = {"prefix": ".", "suffix": PART, "dir": path.parent}
+    with tempfile.NamedTemporaryFile(**naming, delete=False) as file:
+        try:
             with contextlib.suppress(OSError):  # not every file system knows locks and rights
                 fcntl.flock(file, fcntl.LOCK_EX)
-                os.fchmod(number, 0o644)  # mkstemp's files are for their owner only
+                os.fchmod(file.fileno(), 0o644)  # tempfile's are for their owner only
             write(file)
             file.flush()
-            os.fsync(number)
+            os.fsync(file.fileno())
             if overwrite:
-                os.replace(part, path)
-            return path if overwrite else link_free(part, path)
-    finally:  # after Ctrl-C, too
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(part)
+                os.replace(file.name, path)
+            return path if overwrite else link_free(file.name, path)
+        finally:  # after Ctrl-C, too
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(file.name)
 
 
 def link_free(part, path):  # -> the name at which the file is now
@@ -1599,7 +1603,7 @@ SAMPLERS["euler"] = Sampler(sample_euler, "linspace")
 
 
 def lora(path, strength=1.0):
-    """path: a flat file. The changed weights are float32. Raises SDError."""
+    """path: a flat file. Changed weights are float32; float16 if they were packed. -> SDError"""
 
     def change(config, weights):
         parts = {n: part.astype(mx.float32) for n, part in read_flat(path, "lora")[1].items()}
@@ -1608,7 +1612,7 @@ def lora(path, strength=1.0):
             for name in sorted({name.rpartition(".")[0] for name in parts}):
                 up, down, middle, diff, m = (parts.get(f"{name}.{kind}") for kind in kinds)
                 place = name if name in weights else f"{name}.weight"  # it may be a bias
-                weight = weights[place].astype(mx.float32)
+                old, weight = weights[place], weights[place].astype(mx.float32)
                 down = down if middle is None else middle @ down
                 diff = up @ down.reshape(len(down), -1) if diff is None else diff
                 if weight.shape[-1] == 9 and 9 * diff.size == 4 * weight.size:  # inpainting's conv
@@ -1617,7 +1621,7 @@ def lora(path, strength=1.0):
                 if m is not None:
                     axes = [axis for axis, n in enumerate(m.shape) if n == 1]
                     weight = weight * m / mx.sqrt((weight**2).sum(axes, keepdims=True) + 1e-24)
-                changed[place] = weight
+                changed[place] = weight if type(old) is mx.array else weight.astype(mx.float16)
         except (LookupError, TypeError, ValueError, AttributeError):
             raise SDError(f"{path} is for another model or damaged: {name} does not fit.") from None
         return config, weights | changed
@@ -1742,9 +1746,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__" and Path(sys.argv[0]).resolve() == SOURCE:  # no notebook's cell
-    if importlib.util.find_spec("sd_more"):
-        from sd_more import app
-
-        app.main()
-    else:
-        main()
+    app = find_more("app")
+    app.main() if app else main()

@@ -26,6 +26,7 @@ them itself where the first of them is read. The results are the same, and are c
 import argparse
 import contextlib
 import ctypes
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -63,13 +64,13 @@ def repeat(x, *context):
     return np.concatenate([x] * times), *context
 
 
-def open_sd(folder, task, low_memory=False):
+def open_sd(folder, task, low_memory=False, file="flat.safetensors"):
     import mlx.core as mx
 
     from sd import StableDiffusion
     from sd_more.low_memory import LowMemory
 
-    model = (LowMemory if low_memory else StableDiffusion)(folder / "flat.safetensors")
+    model = (LowMemory if low_memory else StableDiffusion)(folder / file)
 
     def to_nhwc(x):
         return mx.array(np.ascontiguousarray(x.transpose(0, 2, 3, 1)))
@@ -97,6 +98,10 @@ def open_sd(folder, task, low_memory=False):
 
 def open_sd_low_memory(folder, task):
     return open_sd(folder, task, low_memory=True)
+
+
+def open_packed(folder, task, bits, low_memory=False):
+    return open_sd(folder, task, low_memory, f"{bits}.safetensors")
 
 
 def torch_part(folder, task, dtype):
@@ -400,8 +405,13 @@ def turns(folder, task, sets, runs, names=tuple(PROGRAMS), first=None):
 
 def peak_of_picture(program, folder, size, pipe):
     program(folder, "picture")(size, 1)
+    pipe.send(peak_memory())
+
+
+def peak_memory():
+    """Of this process, in GiB."""
     unit = 1 if platform.system() == "Darwin" else 1024
-    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def from_enter(*arguments):
@@ -579,12 +589,62 @@ def measure_memory(folder, runs):
         "torch.compile, float32": open_compiled,
         "torch.compile, bfloat16": open_compiled_bfloat16,
     }.items():
+        if "compile" in name and name not in PROGRAMS:
+            continue
         rows[name] = []
         for size in (512, 1024):
             pipe, theirs = SPAWN.Pipe()
             apart(peak_of_picture, program, folder, size, theirs)
             rows[name].append(f"{pipe.recv():.2f}")
     table("peak memory in GiB, loading and painting", ("512 x 512", "1024 x 1024"), rows)
+
+
+def measure_palettes(folder, runs):
+    """Files with 8 to 2 bits a weight, made in a process of its own each."""
+    rows, names = {}, [OURS]
+    for bits in (8, 6, 4, 2):
+        pipe, theirs = SPAWN.Pipe()
+        start = time.perf_counter()
+        apart(pack, folder, bits, theirs)
+        seconds, (answers, peak) = time.perf_counter() - start, pipe.recv()
+        size = (folder / f"{bits}.safetensors").stat().st_size / 2**30
+        cells = [f"{size:.3f}", f"{seconds:.0f}", f"{peak:.2f}", *(f"{a:.1f}" for a in answers)]
+        names.append(name := f"sd.py, {bits} bits")
+        PROGRAMS[name] = functools.partial(open_packed, bits=bits)
+        rows[name] = cells
+    columns = ("file, GiB", "s to make it", "peak GiB", "text encoder, dB", "UNet, dB")
+    table("palettes of Stable Diffusion's sizes", columns, rows)
+    arguments = inputs(folder, 1, picture_size(folder), guided=True)
+    medians, _ = turns(folder, "unet", [arguments], runs, names)
+    peaks = []
+    for bits in (None, 6):
+        program = functools.partial(open_packed, bits=bits, low_memory=True)
+        pipe, theirs = SPAWN.Pipe()
+        size = picture_size(folder)
+        apart(peak_of_picture, program if bits else open_sd_low_memory, folder, size, theirs)
+        peaks.append(pipe.recv())
+    calls = {n: (f"{s:.2f}", f"{s / medians[OURS][0]:.3f}") for n, (s,) in medians.items()}
+    table("one guided UNet call", ("median s", "of the float16 file's"), calls)
+    peaks = [f"{peak:.2f}" for peak in peaks]
+    table("peak memory in GiB, --low-memory", ("16 bits", "6 bits"), {"one picture": peaks})
+
+
+def pack(folder, bits, pipe):
+    """Write a file with palettes -> each network's PSNR against the file without, peak memory"""
+    import convert_weights
+    import sd
+    from sd_more import check
+
+    plain, small = folder / "flat.safetensors", folder / f"{bits}.safetensors"
+    convert_weights.convert(plain, small, bits=bits, log=lambda _: None)
+    peak = peak_memory()
+    config = json.loads(sd.read_header(plain)["config"])
+    found = []
+    for part in ("text_encoder", "unet"):
+        arguments = check.inputs(part, config)
+        built = (check.build(part, config, sd.read_flat(path)[1]) for path in (small, plain))
+        found.append(check.psnr(*(check.ask(part, network, *arguments) for network in built)))
+    pipe.send((found, peak))
 
 
 def measure_start(folder, runs):

@@ -246,6 +246,8 @@ def make_bench(folder):
     ):  # fmt: skip
         target = folder / f"{Path(name).stem}.flat"
         convert_weights.convert(folder / name, target, dtype="float32", log=lambda line: None)
+    packed = folder / "packed.flat"
+    convert_weights.convert(folder / "whole.flat", packed, bits=6, log=lambda line: None)
 
 
 def few(torch):
@@ -397,6 +399,25 @@ def control_case(rng, bench, folder):
 def flat_case(rng, bench, folder):
     """What convert_weights.py writes, changed; of a model one step is painted."""
     kind = rng.choice(("whole",) * 4 + ("lora", "word", "control", "vae", "taesd", "lcm"))
+    path = change_flat(rng, bench, folder, kind)
+    kinds = {"whole": "model", "lora": "lora", "word": "words", "control": "controlnet",
+             "vae": "vae", "taesd": "tiny vae", "lcm": "model"}  # fmt: skip
+    kind = kinds[kind] if rng.random() < 0.9 else rng.choice(list(kinds.values()))
+    return lambda: use(path, kind, folder)
+
+
+def packed_case(rng, bench, folder):
+    """A model with palettes, changed; or another flat file, changed, which is to get them."""
+    if rng.random() < 0.6:
+        path = change_flat(rng, bench, folder, "packed")
+        return lambda: use(path, "model", folder)
+    path = change_flat(rng, bench, folder, rng.choice(("whole", "control", "lora", "lcm")))
+    bits, output = rng.choice((2, 4, 6)), folder / "out.flat.safetensors"
+    return lambda: convert_weights.convert(path, output, bits=bits, log=sd.say)
+
+
+def change_flat(rng, bench, folder, kind):
+    """-> the path of a changed file"""
     data, path = (bench / f"{kind}.flat").read_bytes(), folder / "case.safetensors"
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
@@ -416,10 +437,7 @@ def flat_case(rng, bench, folder):
         at = rng.randrange(len(data))
         data = data[:at] + rng.randbytes(2000) + data[at + 2000 :]
     path.write_bytes(data)
-    kinds = {"whole": "model", "lora": "lora", "word": "words", "control": "controlnet",
-             "vae": "vae", "taesd": "tiny vae", "lcm": "model"}  # fmt: skip
-    kind = kinds[kind] if rng.random() < 0.9 else rng.choice(list(kinds.values()))
-    return lambda: use(path, kind, folder)
+    return path
 
 
 def png_case(rng, bench, folder):
@@ -592,8 +610,8 @@ FORMATS = {
     "lora": tensors_case("lora.safetensors", ".safetensors"),
     "embedding": tensors_case("word.safetensors", ".safetensors"), "controlnet": control_case,
     "vae": tensors_case("vae.safetensors", ".safetensors"),
-    "folder": folder_case, "flat": flat_case, "png": png_case, "picture": picture_case,
-    "yaml": yaml_case, "prompt": prompt_case, "lines": lines_case,
+    "folder": folder_case, "flat": flat_case, "packed": packed_case, "png": png_case,
+    "picture": picture_case, "yaml": yaml_case, "prompt": prompt_case, "lines": lines_case,
 }  # fmt: skip
 
 

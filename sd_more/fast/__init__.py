@@ -9,6 +9,7 @@ and whatever a fast layer computes is what the plain one would, up to rounding.
     layer.py     what all fast layers are: a plain layer's arrays, computed in another way
     cpu.py       layers that hand their arrays to NumPy, and take the results back
     kernels.py   what these compute, on NumPy arrays
+    palettes.py  weights that are indices of a table
     parallel.py  work on all cores; what that asks of OpenBLAS and of malloc
     gpu.py       attention through MLX's own fused function
 """
@@ -17,9 +18,10 @@ import mlx.core as mx
 
 from . import cpu, gpu
 from .layer import FastLayer
+from .palettes import Palettised, join
 from .parallel import release_memory
 
-__all__ = ["FastLayer", "accelerate", "cpu", "gpu", "release_memory"]
+__all__ = ["FastLayer", "accelerate", "cpu", "gpu", "join", "release_memory"]
 
 
 def accelerate(network, faster, dtype):
@@ -32,8 +34,8 @@ def accelerate(network, faster, dtype):
     """
     if type(network) in faster:
         network = faster[type(network)](network)
-    for name, part in network.items():
-        if not (isinstance(network, FastLayer) and network.keeps(name, dtype)):
+    for name, part in [*network.items()]:
+        if not (isinstance(network, FastLayer) and network.keep(name, dtype)):
             network[name] = convert(part, faster, dtype)
     return network
 
@@ -42,6 +44,8 @@ def convert(part, faster, dtype):
     """What accelerate does, for anything that a module may hold."""
     if isinstance(part, mx.array):
         return part.astype(dtype) if mx.issubdtype(part.dtype, mx.floating) else part
+    if isinstance(part, Palettised):
+        return part.astype(dtype)
     if isinstance(part, (list, tuple)):
         return type(part)(convert(each, faster, dtype) for each in part)
     return accelerate(part, faster, dtype) if isinstance(part, dict) else part  # a module is a dict

@@ -16,6 +16,7 @@ import numpy as np
 from . import kernels
 from .kernels import flat
 from .layer import FastLayer
+from .palettes import Packed, Palettised
 from .parallel import keep_memory
 
 SMALL = 1 << 18  # numbers in a result: 1 MB
@@ -29,6 +30,12 @@ def as_float32(x):
 def as_stored(weight):
     """An MLX array as NumPy sees it, never copied; bfloat16, which NumPy lacks, as uint16."""
     return np.array(weight.view(mx.uint16) if weight.dtype == mx.bfloat16 else weight, copy=False)
+
+
+def stored(layer):
+    """A layer's weight as kernels.py takes it."""
+    weight = as_stored(layer.weight)
+    return Packed.of(weight, as_float32(layer.palette)) if "palette" in layer else weight
 
 
 class CPULayer(FastLayer):
@@ -47,11 +54,17 @@ class CPULayer(FastLayer):
         """The result's shape."""
         return x.shape
 
-    def keeps(self, name, dtype):
-        """Matrices of 16 bits stay what they are: kernels.widen makes them float32 in passing."""
+    def keep(self, name, dtype):
+        """Matrices of 16 bits stay what they are: kernels.widen makes them float32 in passing. So
+        do packed ones, which become two arrays.
+        """
         weight = self[name]
-        kept = isinstance(weight, mx.array) and weight.ndim > 1 and weight.dtype.size == 2
-        return kept and dtype == mx.float32
+        if dtype != mx.float32:
+            return False
+        if isinstance(weight, Palettised):
+            self[name], self["palette"] = weight.packed, weight.table
+            return True
+        return isinstance(weight, mx.array) and weight.ndim > 1 and weight.dtype.size == 2
 
 
 class Linear(CPULayer):
@@ -60,7 +73,7 @@ class Linear(CPULayer):
 
     def compute(self, x, out):
         bias = as_float32(self.bias) if "bias" in self else None
-        kernels.linear(flat(x), as_stored(self.weight), bias, flat(out))
+        kernels.linear(flat(x), stored(self), bias, flat(out))
 
 
 class GEGLU(CPULayer):
@@ -68,7 +81,7 @@ class GEGLU(CPULayer):
         return *x.shape[:-1], len(self.weight) // 2
 
     def compute(self, x, out):
-        kernels.geglu(flat(x), as_stored(self.weight), as_float32(self.bias), flat(out))
+        kernels.geglu(flat(x), stored(self), as_float32(self.bias), flat(out))
 
 
 class Conv(CPULayer):
@@ -79,8 +92,7 @@ class Conv(CPULayer):
         return b, h, w, o
 
     def compute(self, x, out):
-        weight, bias = as_stored(self.weight), as_float32(self.bias)
-        kernels.conv(x, weight, bias, self.stride, self.padding, out)
+        kernels.conv(x, stored(self), as_float32(self.bias), self.stride, self.padding, out)
 
 
 class Upsample(CPULayer):
@@ -100,8 +112,8 @@ class Upsample(CPULayer):
         return b, 2 * h, 2 * w, len(self.conv.weight)
 
     def compute(self, x, out):
-        weight, bias = as_stored(self.conv.weight), as_float32(self.conv.bias)
-        kernels.conv(x, weight, bias, self.conv.stride, self.conv.padding, out, twice=True)
+        conv, bias = self.conv, as_float32(self.conv.bias)
+        kernels.conv(x, stored(conv), bias, conv.stride, conv.padding, out, twice=True)
 
 
 class GroupNorm(CPULayer):

@@ -4,9 +4,10 @@ One plan for all: the work is cut into blocks whose numbers fit a core's cache, 
 the next block when it has finished one, doing everything to it that there is to do: a product, its
 bias, its gelu. OpenBLAS must not start threads of its own inside; parallel_for sees to that.
 
-Weights may have 16 bits, which takes half the memory: each block widens those it needs, and that
-costs little beside the product. Memory to compute in comes from np.empty, which is nearly free
-once parallel.keep_memory has been called. Results are written where the caller wants them: out.
+Weights may have 16 bits, which takes half the memory, or be Packed, which takes less: each block
+widens those it needs, or looks them up, and that costs little beside the product. Memory to compute
+in comes from np.empty, which is nearly free once parallel.keep_memory has been called. Results are
+written where the caller wants them: out.
 """
 
 import functools
@@ -131,8 +132,9 @@ def linear(x, weight, bias, out):  # (n, c), (o, c), (o,) or None, (n, o)
         if n < 64:
             np.matmul(x, widen(weight[columns]).T, out=y)
         else:
+            wide = weight[columns]
             for some in slices(c, 2560):  # more would leave a little product few rows
-                w = second_sides(weight[columns, some])
+                w = second_sides(wide[:, some])
                 parts = y.reshape(len(y), len(w), -1).swapaxes(0, 1)
                 if some.start == 0:
                     multiply(x[None, rows, some], w, parts)
@@ -145,11 +147,12 @@ def linear(x, weight, bias, out):  # (n, c), (o, c), (o,) or None, (n, o)
 
 
 def geglu(x, weight, bias, out):  # (n, c), (2 o, c), (2 o,), (n, o)
-    (n, c), o = x.shape, out.shape[1]
-    weight, bias = weight.reshape(2, o, c), bias.reshape(2, 1, o)
+    n, o = out.shape
+    bias = bias.reshape(2, 1, o)
 
     def block(columns, rows):
-        w = np.stack([second_sides(part) for part in weight[:, columns]])  # (2, t, c, k)
+        gates = slice(o + columns.start, o + columns.stop)
+        w = np.stack([second_sides(weight[part]) for part in (columns, gates)])  # (2, t, c, k)
         for few in slices(rows.stop - rows.start, 512):
             few = slice(rows.start + few.start, rows.start + few.stop)
             both = empty(2, few.stop - few.start, columns.stop - columns.start)

@@ -11,6 +11,6 @@ class FastLayer(nn.Module):
         vars(self).update(vars(plain))  # numbers, such as a stride
         dict.update(self, plain)  # arrays; Module.update refuses those that self lacks as yet
 
-    def keeps(self, name, dtype):
-        """Whether the array of that name may stay as it is, where dtype is asked for."""
+    def keep(self, name, dtype):
+        """Whether the array of that name stays as it is, where dtype is asked for."""
         return False

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import struct
+from itertools import accumulate
 
 from .tensors import (
     MOST_BYTES,
@@ -47,6 +48,22 @@ def read_safetensors(path):
     reached += data
     require(reached == size, f"its header describes {reached} bytes, it has {size}")
     return Contents(tensors, metadata=metadata, unreadable=unreadable)
+
+
+def make_header(entries, metadata):
+    """-> the bytes before those of the tensors. entries: (name, type, shape) each, in their order.
+
+    Nothing after a tensor of single bytes is aligned, unless there are a multiple of 8 of them.
+    """
+    sizes = [math.prod(shape) * itemsize(dtype) for _, dtype, shape in entries]
+    header, ends = {"__metadata__": metadata}, accumulate(sizes)
+    for (name, dtype, shape), size, end in zip(entries, sizes, ends):
+        require(name not in header, f"it has two tensors of the name {name}")
+        offsets = [end - size, end]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def refuse_duplicates(pairs):

@@ -53,6 +53,7 @@ NUMPY = {
 }  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 WHOLE = ("I64", "I32", "I16", "I8")
+CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # what is written
 
 
 def itemsize(dtype):
@@ -66,19 +67,24 @@ class Tensor(NamedTuple):
     shape: tuple
     strides: tuple  # in elements, as PyTorch counts them
 
-    def float32(self):
-        """Read it. No memory map: a disk that fails then raises, and does not kill the process."""
-        require(self.dtype in FLOATS + WHOLE, f"it has numbers of the type {self.dtype}")
-        if not math.prod(self.shape):
-            return np.zeros(self.shape, "<f4")
-        size = itemsize(self.dtype)
+    def raw(self):
+        """-> the bytes in which it lies. No memory map: a disk that fails then raises, and does not
+        kill the process.
+        """
         steps = [(n - 1) * s for n, s in zip(self.shape, self.strides)]
-        length = (sum(steps) + 1) * size
+        length = (sum(steps) + 1) * itemsize(self.dtype) if math.prod(self.shape) else 0
         with open_file(self.path) as file:
             file.seek(self.start)
             data = file.read(length)
         early = f"{self.path.name} ends early: it was cut off, or is being written"
         require(len(data) == length, early)
+        return data
+
+    def float32(self):
+        require(self.dtype in FLOATS + WHOLE, f"it has numbers of the type {self.dtype}")
+        if not math.prod(self.shape):
+            return np.zeros(self.shape, "<f4")
+        size, data = itemsize(self.dtype), self.raw()
         # np.ndarray checks that the strides stay inside the data; as_strided would not.
         strides = [s * size if n > 1 else 0 for n, s in zip(self.shape, self.strides)]
         array = np.ndarray(self.shape, NUMPY[self.dtype], data, strides=strides)
@@ -90,6 +96,22 @@ class Tensor(NamedTuple):
             return E4M3[array]
         with np.errstate(all="ignore"):  # what is too large for float32 is found by the caller
             return array.astype("<f4")
+
+
+def cast(array, dtype):
+    """float32 -> what is stored; bfloat16 as its 16 bits"""
+    if dtype != "bfloat16":
+        with np.errstate(over="ignore"):
+            return array.astype(NUMPY[CODES[dtype]])
+    bits = array.view("<u4")
+    # Round half to even: add just less than half, and one more if the last kept bit is odd.
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    # A NaN with all bits set would have wrapped around to a number.
+    return np.where(np.isnan(array), np.uint16(0x7FC0), rounded.astype("<u2"))
 
 
 class Computed(NamedTuple):
