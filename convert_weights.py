@@ -58,6 +58,7 @@ from sd_more.formats import (
     diffusers,
     embeddings,
     facts,
+    gguf,
     guidance,
     hub,
     lora,
@@ -74,7 +75,6 @@ from sd_more.formats.tensors import (
     NotConvertible,
     Tensor,
     cast,
-    itemsize,
     open_file,
     read_small,
     require,
@@ -122,7 +122,7 @@ class Source:
     metadata: dict = field(default_factory=dict)  # text, from a safetensors header
     unreadable: dict = field(default_factory=dict)  # names of tensors of unknown kinds: their kind
     names: list = field(default_factory=list)  # what else it is called
-    remarks: list = field(default_factory=list)  # what it says that is not done, for the report
+    remarks: list = field(default_factory=list)  # what else is to be said of it, in the report
 
     @property
     def name(self):  # in the hub's cache a folder's own name is a number
@@ -153,6 +153,8 @@ def read_file(path):
         with blame(path):
             if head.startswith(b"PK\3\4"):
                 read = read_zip
+            elif head.startswith(b"GGUF"):
+                read = gguf.read_gguf
             elif size > 8 and length <= size - 8 and head[8:9] in (b"{", b" "):
                 read = read_safetensors
             elif head.startswith(b"\x80"):
@@ -171,7 +173,7 @@ def read_file(path):
     return Source(
         path, strip_names(contents.tensors), contents.config, "the checkpoint's sd_config",
         contents.mentions, files={path}, metadata=contents.metadata,
-        unreadable=strip_names(contents.unreadable),
+        unreadable=strip_names(contents.unreadable), remarks=contents.remarks,
     )  # fmt: skip
 
 
@@ -402,7 +404,8 @@ PLACES = {  # kind of network: a tensor that it always has; where it may be, the
         ("cond_stage_model.transformer.", DIFFUSERS), ("cond_stage_model.model.", ORIGINAL),
         ("conditioner.embedders.0.model.", ORIGINAL), ("text_encoder/text_model.", DIFFUSERS),
         ("text_encoder/", DIFFUSERS), ("text_encoder.text_model.", DIFFUSERS),
-        ("text_encoder.", DIFFUSERS),
+        ("text_encoder.", DIFFUSERS), ("te.text_model.", DIFFUSERS),
+        ("text_encoders.clip_l.transformer.text_model.", DIFFUSERS),
     )),
     "vision": ("position_embedding.weight", (  # of a safety checker; it moved once
         ("safety_checker/vision_model.vision_model.", DIFFUSERS),
@@ -602,7 +605,9 @@ def name_text_layer(layer):
     if layer in TEXT:
         return TEXT[layer]
     _, k, inner = layer.split(".", 2)
-    return f"transformer.resblocks.{k}.{TEXT[inner][0]}", f"encoder.layers.{k}.{TEXT[inner][1]}"
+    theirs = f"encoder.layers.{k}.{TEXT[inner][1]}"
+    in_one = re.sub("[qkv]_proj$", "in_proj", theirs)  # stable-diffusion.cpp's name for OpenCLIP's
+    return f"transformer.resblocks.{k}.{TEXT[inner][0]}", f"{theirs}|{in_one}"
 
 
 class TensorSpec(NamedTuple):
@@ -611,7 +616,7 @@ class TensorSpec(NamedTuple):
     flat: str  # its name in the flat file
     shape: tuple  # as PyTorch has it: (out, in, kh, kw); a 1x1 convolution is (out, in)
     names: tuple = ()  # in the source, the likeliest first
-    qkv_index: int | None = None  # of a tensor that holds q, k and v in one
+    qkv_index: int | None = None  # in a tensor that holds q, k and v in one, if it is there
     factor: float = 1.0  # to multiply it by
 
 
@@ -627,7 +632,7 @@ def make_specs(prefix, parameters, part):
     for path, parameter in tree_flatten(parameters):
         (out, *rest), names, index = parameter.shape, part.names(path), None
         shape = (out, *rest[2:], *rest[:2])  # (out, kh, kw, in) -> (out, in, kh, kw)
-        if ".in_proj_" in names[0]:  # path is like layers.0.attention.to_q.weight
+        if ".in_proj" in names[-1]:  # path is like layers.0.attention.to_q.weight
             index = ("to_q", "to_k", "to_v").index(path.split(".")[-2])
         specs.append(TensorSpec(f"{prefix}.{path}", shape, names, index))
     return specs
@@ -646,7 +651,7 @@ def match(specs, tensors, unreadable=()):
                 missing.append(f"{spec.names[0]} is missing")
             continue
         tensor, shape = tensors[name], spec.shape
-        if spec.qkv_index is not None:
+        if spec.qkv_index is not None and ".in_proj" in name:
             tensor = slice_qkv(tensor, spec.qkv_index)
         if tensor.dtype not in FLOATS:
             wrong.append(f"{name} is of type {tensor.dtype}, expected {', '.join(FLOATS)}")
@@ -676,11 +681,8 @@ def read_factor(name, tensors):
 
 def slice_qkv(tensor, index):
     """q, k or v: rows 0 to c, c to 2c, 2c to 3c."""
-    if not tensor.shape or tensor.shape[0] % 3:
-        return tensor  # whose shape will not be the expected one
-    rows = tensor.shape[0] // 3
-    start = tensor.start + index * rows * tensor.strides[0] * itemsize(tensor.dtype)
-    return tensor._replace(start=start, shape=(rows, *tensor.shape[1:]))
+    rows, rest = divmod(tensor.shape[0], 3) if tensor.shape else (0, 1)
+    return tensor if rest else tensor.rows(index * rows, rows)  # else its shape won't be expected
 
 
 # %% 5. Config -------------------------------------------------------------------------------------
@@ -952,7 +954,7 @@ def make_plan(source, vae_source, asked):
                 whole = not vae_source and not any(asked.values())
                 few = "--vae, --prediction, --zero-snr"
                 require(whole, f"it is no whole model, and {few} are for those")
-                plan.report += report_unreadable(source)
+                plan.report += [*source.remarks, *report_unreadable(source)]
                 return plan
         return plan_model(source, vae_source, asked)
 
@@ -1108,7 +1110,7 @@ def plan_controlnet(source):
         there = f"no UNet has the numbers {short(numbers, 200)}. {ORIGIN}"
         require(sd.unet_is_whole(numbers), there)
         network = sd.ControlNetwork(**numbers).parameters()
-        found = match(make_specs("controlnet", network, part), part.tensors)
+        found = match(make_specs("controlnet", network, part), part.tensors, source.unreadable)
     except NotConvertible as problem:
         raise NotConvertible(f"it is a ControlNet, but {problem}") from None
     # Some, for the mood of a picture, correct all positions alike. The tensors do not say which;
@@ -1181,7 +1183,7 @@ def plan_lora(source):
     if unknown:
         few = ", ".join(map(short, unknown[:5]))
         report += [f"warning: {len(unknown)} tensors are unknown and were left out: {few}"]
-    report = source.remarks + ([f"{used} tensors used", *report] if report else [])
+    report = [f"{used} tensors used", *report] if report else []
     plain = all(each.spec.flat.rpartition(".")[2] in lora.LORA for each in found)
     plan = Plan(f"{kind}, {text} of them the text encoder's", {"kind": "lora"}, found)
     plan.report, plan.format = report, sd.FORMATS[0 if plain else 1]
@@ -1539,7 +1541,7 @@ def read_sums(metadata):
 def make_parser():
     what = "Turn a Stable Diffusion 1.x or 2.x checkpoint, or a LoRA, a ControlNet or a textual "
     p = argparse.ArgumentParser(description=what + "inversion for one, into the file sd.py reads.")
-    forms = "a .ckpt, .safetensors or diffusers folder, or org/name on the Hugging Face hub"
+    forms = "a .ckpt, .safetensors, .gguf or diffusers folder, or org/name on the Hugging Face hub"
     p.add_argument("source", metavar="SOURCE", nargs="?", help=forms)
     out = "the file to write (default: SOURCE's name with .flat.safetensors, beside it)"
     p.add_argument("-o", "--output", metavar="OUT", help=out)
@@ -1550,8 +1552,7 @@ def make_parser():
     p.add_argument("--vae", metavar="FILE", help="take the VAE from this checkpoint or folder")
     from_folder = "take the safety checker from this diffusers folder"
     p.add_argument("--safety", metavar="FOLDER", help=from_folder)
-    zero = "it was trained down to noise alone (zero terminal SNR, with v)"
-    p.add_argument("--zero-snr", action="store_true", help=zero)
+    p.add_argument("--zero-snr", action="store_true", help="trained down to noise alone (with v)")
     sums = "first compare the checksums inside a .ckpt with its bytes, which reading it does not"
     p.add_argument("--verify", action="store_true", help=sums)
     sized = (
@@ -1560,8 +1561,7 @@ def make_parser():
     p.add_argument("--bits", metavar="N", help=f"{sized} packed, too; auto: see --min-psnr")
     keeps = "with --bits auto, what each network's answer keeps, in dB (default: %(default)g)"
     p.add_argument("--min-psnr", type=float, default=palettes.FLOOR, metavar="DB", help=keeps)
-    compares = "compare each network's answer with the source's; with diffusers, where installed"
-    p.add_argument("--check", action="store_true", help=compares)
+    p.add_argument("--check", action="store_true", help="compare the networks with the source's")
     info = "convert nothing, only print what SOURCE is; a flat file may be given, too"
     p.add_argument("--info", action="store_true", help=info)
     p.add_argument("--list", action="store_true", help=f"list what is kept in {cache_folder()}")

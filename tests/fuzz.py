@@ -48,6 +48,7 @@ import convert_weights
 import sd
 from sd_more import app, prompts, textual_inversion
 from sd_more.console import command
+from sd_more.formats import gguf
 from sd_more.guidance import guided, has_guidance
 from sd_more.vae import other_vae, with_tiny_vae
 
@@ -327,6 +328,57 @@ def safetensors_case(rng, bench, folder):
         data = struct.pack("<Q", len(text)) + text + data[8 + length :]
     path.write_bytes(data)
     return lambda: convert(path, folder)
+
+
+COUNTS = (0, 1, 2, 31, 33, 99, 20_001, 2**31, 2**32 - 1, 2**48, 2**60, 2**63, 2**64 - 1)
+TYPES = {name: number for number, name in gguf.TYPES.items()}
+
+
+def gguf_file(rng, tensors):
+    """-> header, data of a GGUF file of float32 arrays, where some numbers are others"""
+    chance = rng.choice((0, 0.3, 1)) / (10 * len(tensors) + 20)  # mostly none or one
+
+    def number(n, size=8):
+        n = rng.choice(COUNTS) if rng.random() < chance else n
+        return (n % 256**size).to_bytes(size, "little")
+
+    def text(value):
+        value = value if rng.random() >= chance else change_text(rng, value)
+        value = value.encode(errors="surrogatepass")
+        return number(len(value)) + value
+
+    data, infos, alignment = bytearray(), bytearray(), rng.choice((32, 32, 8, 4096))
+    for name, array in tensors.items():
+        kind, raw = quantised(rng, array)
+        lengths = b"".join(map(number, array.shape[::-1]))
+        infos += text(name) + number(array.ndim, 4) + lengths + number(kind, 4) + number(len(data))
+        data += raw + bytes(-len(raw) % alignment)
+    values = (("general.alignment", 4, number(alignment, 4)), ("prediction_type", 8, text("eps")),
+              ("words", 9, number(8, 4) + number(2) + text("a") + text("b")),
+              ("numbers", 9, number(5, 4) + number(3) + bytes(12)))  # fmt: skip
+    head = b"GGUF" + number(3, 4) + number(len(tensors)) + number(len(values))
+    head += b"".join(text(name) + number(kind, 4) + value for name, kind, value in values) + infos
+    return head + bytes(-len(head) % alignment), bytes(data)
+
+
+def quantised(rng, array):
+    """-> ggml's number of a type, and an array's bytes in it; some are random, if it fits"""
+    name = rng.choice(list(gguf.BLOCKS))
+    numbers, size, _ = gguf.BLOCKS[name]
+    row = array.shape[-1] if array.ndim else 1
+    if rng.random() < 0.8 or not row or row % numbers:
+        return TYPES["F32"], array.astype("<f4").tobytes()
+    return TYPES[name], rng.randbytes(array.size // numbers * size)
+
+
+def gguf_case(rng, bench, folder):
+    name = rng.choice(("word",) * 6 + ("lora",) * 6 + ("vae", "taesd", "whole"))
+    tensors = read_tensors(bench / f"{name}.safetensors")
+    head, data = gguf_file(rng, change_tensors(rng, tensors) if rng.random() < 0.3 else tensors)
+    head = change_bytes(rng, head) if rng.random() < 0.3 else head
+    data = change_bytes(rng, data) if rng.random() < 0.1 else data
+    (folder / "case.gguf").write_bytes(head + data)
+    return lambda: convert(folder / "case.gguf", folder)
 
 
 def tensors_case(name, ending):
@@ -609,7 +661,7 @@ FORMATS = {
     "zip": zip_case, "legacy": legacy_case, "safetensors": safetensors_case,
     "lora": tensors_case("lora.safetensors", ".safetensors"),
     "embedding": tensors_case("word.safetensors", ".safetensors"), "controlnet": control_case,
-    "vae": tensors_case("vae.safetensors", ".safetensors"),
+    "vae": tensors_case("vae.safetensors", ".safetensors"), "gguf": gguf_case,
     "folder": folder_case, "flat": flat_case, "packed": packed_case, "png": png_case,
     "picture": picture_case, "yaml": yaml_case, "prompt": prompt_case, "lines": lines_case,
 }  # fmt: skip

@@ -237,7 +237,10 @@ def test_a_safety_checker_is_added_to_a_single_file(weights, checker, tmp_path):
 # %% What could not be read ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+EIGHT = [torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@pytest.mark.parametrize("dtype", EIGHT)
 def test_8_bits_are_what_pytorch_reads(tmp_path, dtype):
     """All 256 of them, in both formats of a file."""
     bits = torch.arange(256, dtype=torch.uint8).view(dtype)
@@ -246,8 +249,9 @@ def test_8_bits_are_what_pytorch_reads(tmp_path, dtype):
     assert np.array_equal(read, bits.float().numpy(), equal_nan=True)
 
 
-def test_a_model_of_8_bits_is_converted(weights, tmp_path):
-    eight = {name: t.to(torch.float8_e4m3fn) if t.ndim > 1 else t for name, t in weights.items()}
+@pytest.mark.parametrize("dtype", EIGHT)
+def test_a_model_of_8_bits_is_converted(weights, tmp_path, dtype):
+    eight = {name: t.to(dtype) if t.ndim > 1 else t for name, t in weights.items()}
     save_file(eight, tmp_path / "a.safetensors")
     save_file({name: t.float() for name, t in eight.items()}, tmp_path / "b.safetensors")
     flats = [convert(tmp_path / name, log=quiet) for name in ("a.safetensors", "b.safetensors")]
@@ -300,14 +304,17 @@ def test_a_distilled_unet_is_named(weights, tmp_path):
 SCALES = ("scale_weight", "weight_scale")
 
 
+@pytest.mark.parametrize("dtype, bits", zip(EIGHT, (3, 2), strict=True))
 @pytest.mark.parametrize("end", SCALES)
-def test_8_bits_with_a_scale_are_multiplied_by_it(weights, flat, tmp_path, end):
-    """As ComfyUI writes them: a weight over its largest number, times 448, and a number beside."""
+def test_8_bits_with_a_scale_are_multiplied_by_it(weights, flat, tmp_path, end, dtype, bits):
+    """As ComfyUI writes them: a weight over its largest number, times the type's, and a number
+    beside."""
+    of = torch.finfo(dtype)
     eight = {}
     for name, tensor in weights.items():
         if tensor.ndim > 1 and name.endswith(".weight") and "embedding" not in name:
-            scale = tensor.abs().max() / 448
-            eight[name] = (tensor / scale).to(torch.float8_e4m3fn)
+            scale = tensor.abs().max() / of.max
+            eight[name] = (tensor / scale).to(dtype)
             eight[name.removesuffix("weight") + end] = scale
             eight[name.removesuffix("weight") + "scale_input"] = torch.ones(())
         else:
@@ -317,10 +324,10 @@ def test_8_bits_with_a_scale_are_multiplied_by_it(weights, flat, tmp_path, end):
     said = []
     _, ours = sd.read_flat(convert(tmp_path / "a.safetensors", dtype="float32", log=said.append))
     for name, tensor in flat.items():
-        if tensor.ndim > 1:  # three bits of fraction: half of 1/8 at most, and 2^-10 of 448 below
-            error = np.abs(np.array(ours[name]) - tensor.numpy())
-            most = np.abs(tensor.numpy()).max()
-            assert (error <= np.abs(tensor.numpy()) / 16 + most * 2**-10 / 448 * 1.01).all(), name
+        if tensor.ndim > 1:  # half of the fraction's last bit, and below the smallest normal number
+            error, size = np.abs(np.array(ours[name]) - tensor.numpy()), np.abs(tensor.numpy())
+            least = size.max() / of.max * of.smallest_normal * 1.01  # half of its last bit likewise
+            assert (error <= (size + least) / 2 ** (bits + 1)).all(), name
     assert "(scales of 8 bits)" in "".join(said) and "unknown" not in "".join(said)
 
 

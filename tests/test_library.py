@@ -425,7 +425,7 @@ def repositories(tmp_path_factory, folder, weights, lora, controlnet, networks):
         "org/several": {"a.safetensors": model, "b/[c]*.ckpt": model, "a.yaml": path / "model.yaml"}
         | {f"more {i}.safetensors": None for i in range(20)},
         "org/several@refs/pr/1": {"pr.safetensors": model},
-        "org/nothing": {"README.md": None, "model.gguf": None},
+        "org/nothing": {"README.md": None, "model.onnx": None},
         "org/evil": {"../../evil.safetensors": model, "/evil.ckpt": model, "ok.ckpt": model},
         "org/gated": "gated",
         "org/private": "private",

@@ -19,7 +19,7 @@ from pathlib import Path
 from . import taesd
 
 SECONDS = 30  # without an answer, and the hub is not reached
-ENDINGS = (".safetensors", ".ckpt", ".pt", ".bin", ".pth")  # of files with weights
+ENDINGS = (".safetensors", ".ckpt", ".pt", ".bin", ".pth", ".gguf")  # of files with weights
 PLACE = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:/([^@]+))?(?:@(\w[\w./-]*))?", re.ASCII)
 CACHED = re.compile(r".*/models--([^/]+?)--([^/]+)/snapshots/[^/]+((?:/[^/]+)*)")
 ALONE = (  # what the files of repositories with one LoRA or one embedding are called
@@ -196,7 +196,8 @@ def choose_file(text, there):
     known = [folder + alone for alone in ALONE if folder + alone in within]
     at_top = [f for f in within if "/" not in f.removeprefix(folder)] or within
     safe = [f for f in at_top if f.lower().endswith(".safetensors")]
-    for found in (known[:1], safe, [] if safe else at_top):
+    whole = [f for f in at_top if not f.lower().endswith(".gguf")]  # else it is mostly quantised
+    for found in (known[:1], safe, [] if safe else whole or at_top):
         if len(found) == 1:
             return found[0]
     if not files:

@@ -9,14 +9,16 @@ FIRST_BYTES = (  # where they stand, what they are, and what carries them
     (0, b"\x1f\x8b", "a gzip archive; unpack it first"),
     (0, b"PK", "a zip archive that is empty or in parts"),
     (257, b"ustar", "a tar archive; if PyTorch 0.1 made it, save it again with a newer one"),
-    (0, b"GGUF", "a GGUF file, already quantised; take the original it was made from"),
     (0, b"version https://git-lfs", "a Git LFS pointer, not the weights: run git lfs pull"),
     (0, b"\x89PNG", "a picture; if it is an embedding in pixels, give the .pt of it"),
     (0, b"\xff\xd8\xff", "a picture"),
     (0, b"<", "a web page, not the weights: download it again"),
 )
 MODELS = (  # what it is, and a name that only it has
-    ("Stable Diffusion XL", r"conditioner\.embedders\.1\.|text_encoder_2[./]"),
+    (
+        "Stable Diffusion XL",
+        r"(conditioner\.embedders|cond_stage_model|te)\.1\.|text_encoder_2[./]",
+    ),
     ("the refiner of SDXL", r"conditioner\.embedders\.0\.model\.transformer\.resblocks\.31\."),
     ("SD 3, Flux or a relative", r"(.*\.)?(joint|double|single)_blocks\."),
     ("a video model", r".*(time_stack|motion_modules)\."),
@@ -56,6 +58,10 @@ NOT_NEEDED = (  # what it is, how its name begins
     ("scales of 8 bits", r".*[._](weight|input)_scale$"),
     ("training losses", r"(first_stage_model\.)?loss\.|embedding_manager\."),
     ("the text encoder's unread end", r".*\.model\.transformer\.resblocks\.23\."),
+    (
+        "the text encoder's unread end",  # by stable-diffusion.cpp's name
+        r"cond_stage_model\.transformer\.text_model\.encoder\.layers\.23\.",
+    ),
     ("the text encoder's unread end", r".*\.model\.(text_projection|logit_scale|attn_mask)"),
     ("CLIP's other half", r"(cond_stage_model|text_encoder).*[./](vision_model|visual_projection)"),
     ("CLIP's other half", r"(cond_stage_model|text_encoder).*[./](text_projection|logit_scale)"),

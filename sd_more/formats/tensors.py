@@ -42,6 +42,17 @@ def read_small(path, most=MOST_BYTES):
     return data
 
 
+def read_part(path, start, length):
+    """-> that many bytes of a large file. No memory map: a disk that fails then raises, and does
+    not kill the process."""
+    with open_file(path) as file:
+        file.seek(start)
+        data = file.read(length)
+    early = f"{path.name} ends early: it was cut off, or is being written"
+    require(len(data) == length, early)
+    return data
+
+
 # %% Tensors ---------------------------------------------------------------------------------------
 
 # Names of types as safetensors writes them. NumPy has no bfloat16, it gets the 16 bits; what is
@@ -68,17 +79,10 @@ class Tensor(NamedTuple):
     strides: tuple  # in elements, as PyTorch counts them
 
     def raw(self):
-        """-> the bytes in which it lies. No memory map: a disk that fails then raises, and does not
-        kill the process.
-        """
+        """-> the bytes in which it lies"""
         steps = [(n - 1) * s for n, s in zip(self.shape, self.strides)]
         length = (sum(steps) + 1) * itemsize(self.dtype) if math.prod(self.shape) else 0
-        with open_file(self.path) as file:
-            file.seek(self.start)
-            data = file.read(length)
-        early = f"{self.path.name} ends early: it was cut off, or is being written"
-        require(len(data) == length, early)
-        return data
+        return read_part(self.path, self.start, length)
 
     def float32(self):
         require(self.dtype in FLOATS + WHOLE, f"it has numbers of the type {self.dtype}")
@@ -96,6 +100,10 @@ class Tensor(NamedTuple):
             return E4M3[array]
         with np.errstate(all="ignore"):  # what is too large for float32 is found by the caller
             return array.astype("<f4")
+
+    def rows(self, first, count):
+        start = self.start + first * self.strides[0] * itemsize(self.dtype)
+        return self._replace(start=start, shape=(count, *self.shape[1:]))
 
 
 def cast(array, dtype):
@@ -149,6 +157,7 @@ class Contents:
     config: dict = field(default_factory=dict)  # a checkpoint's "sd_config"
     metadata: dict = field(default_factory=dict)  # text, from a safetensors header
     unreadable: dict = field(default_factory=dict)  # names of tensors of unknown kinds: their kind
+    remarks: list = field(default_factory=list)  # what is to be said of it, in sentences
 
     def __post_init__(self):
         names = [*self.tensors, *self.unreadable]
