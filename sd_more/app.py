@@ -6,10 +6,13 @@ Whatever can be wrong is found out before the painting begins, and said in one m
 which value, and what to do now. No file that is there is overwritten.
 """
 
+import contextlib
 import copy
 import math
+import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -37,8 +40,10 @@ from sd_more.options import (
 )
 from sd_more.output import check_output, choose_name, name_step, save_picture
 from sd_more.pictures import enlarge, grey, grid, read_input
+from sd_more.preview import previewed
 from sd_more.prompts import name_unused, read_weighted, show_tokens, without_loras
 from sd_more.safety import SafetyChecker, check_safety, load_checker
+from sd_more.terminal import screen
 from sd_more.textual_inversion import textual_inversion
 from sd_more.vae import other_vae, read_kind, with_tiny_vae
 
@@ -247,6 +252,7 @@ class Painter:
     recipe: dict  # what makes the pictures again besides what a line says, for the text in them
     checker: SafetyChecker | None
     rows: list  # pictures that wait for the rest of their prompt's, with --n-rows
+    show: Callable | None  # (step, steps, picture), with --preview
 
     def paint(self, line, seed, count, number):
         """count pictures, from this seed on, as the options of their line say. number: that of the
@@ -268,7 +274,7 @@ class Painter:
                     self.save(picture, path, line, seed + k, images=f"step {i}")
 
         steps = task.timesteps(range(habits["steps"]))
-        walk = model.generate_latents(prompt, task=task, **sampling)
+        walk = self.walk(model, prompt, task=task, **sampling)
         x = self.follow(line, walk, len(steps), keep)
         if line.upscale:
             model, task, x = self.paint_over(line, prompt, sampling, x)
@@ -286,6 +292,12 @@ class Painter:
             for k, picture in enumerate(pictures):
                 path = choose_name(line.output, prompt, seed + k, number + k)
                 self.save(picture, path, line, seed + k, size)
+
+    def walk(self, model, prompt, **options):
+        """The latents after every step; with --preview each step's picture is shown first."""
+        if self.show is None:
+            return model.generate_latents(prompt, **options)
+        return previewed(model, prompt, self.show, **options)
 
     def follow(self, line, walk, steps, keep=None):
         """Walk to the end, and say how long it takes. -> the last x"""
@@ -314,7 +326,7 @@ class Painter:
             sd.say_once("--upscale: the ControlNets are not asked while it is painted over.")
             model.controls = ()
         size = {"width": picture.shape[2], "height": picture.shape[1]}
-        walk = model.generate_latents(prompt, task=task, **sampling | size)
+        walk = self.walk(model, prompt, task=task, **sampling | size)
         return model, task, self.follow(line, walk, steps)
 
     def finish(self, line, model, task, x, seed):
@@ -349,7 +361,7 @@ def progress(args, text, end="\n"):
         sd.say(text, end=end)
 
 
-def make_painter(args):
+def make_painter(args, show):
     model = load_model(args)
     task = make_task(args, model.config)
     if args.controlnet:
@@ -363,9 +375,11 @@ def make_painter(args):
     if told and recipe["model_hash"] not in (None, told):
         sd.say_once(f"--from-png: the hash of its model is {told}, {args.model} is another.")
     checker = load_checker(model) if args.safety_check else None
+    if checker and show:
+        sd.say_once("--preview: the safety checker sees only what is saved.")
     if not args.safety_check and model.config.safety is None:
         sd.say_once("--no-safety-check has no effect: the model has no safety checker.")
-    return Painter(model, task, recipe, checker, [])
+    return Painter(model, task, recipe, checker, [], show)
 
 
 # %% Main ------------------------------------------------------------------------------------------
@@ -396,7 +410,20 @@ def run(args):
         for prompt in read:
             show_tokens(model, prompt)
         return
-    painter = make_painter(args)
+    with open_preview(args) as show:
+        paint_all(args, lines, read, show)
+
+
+def open_preview(args):
+    """-> a context in which the function is known that shows pictures, or None"""
+    if not args.preview or args.quiet:
+        return contextlib.nullcontext()
+    return screen(sys.stderr, os.environ, lambda: sys.stdout.lines + sys.stderr.lines)
+
+
+def paint_all(args, lines, read, show):
+    """read: the lines' prompts, without LoRAs."""
+    painter = make_painter(args, show)
     whole = type(painter.task) in (TextToImage, ImageToImage)
     if not whole and any(line.upscale for line in lines):
         raise SDError("--upscale is for whole pictures, not for a part that is painted anew.")

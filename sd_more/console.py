@@ -21,9 +21,11 @@ class Steady:
 
     def __init__(self, stream):
         self.stream, self.problem = stream or io.StringIO(), None  # it may be closed
+        self.lines = 0  # that were written
 
     def write(self, text):
         code = self.stream.encoding or "utf-8"
+        self.lines += text.count("\n")
         if text != "\r":  # which begins the line anew, and is not part of a name
             text = "".join(c if c in "\n\t" else sd.printable(c) for c in text)
         try:

@@ -16,6 +16,7 @@ import inspect
 import io
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import sd
@@ -24,6 +25,7 @@ from sd_more.infotext import quote, read_text, shorten, write_parameters
 from sd_more.low_memory import LowMemory
 from sd_more.noise import GENERATORS
 from sd_more.output import KINDS, save_picture
+from sd_more.preview import previewed
 from sd_more.prompts import read_weighted
 
 # %% Painting --------------------------------------------------------------------------------------
@@ -36,8 +38,10 @@ class Studio(sd.StableDiffusion):
     which the first of each has the seed. progress: a function of (step, steps, x) that is called
     after every step of each prompt, x (n_images, h, w, 4) being the latents; what it raises ends
     the painting. By default a bar, where tqdm is installed and the session is a notebook or has a
-    terminal; True: also elsewhere; False: nothing. rng may be a name: torch, numpy, philox, mlx. A
-    wrong name of an option raises an SDError that says the right one.
+    terminal; True: also elsewhere; False: nothing. preview: likewise, of (step, steps, picture),
+    the picture being a small one of what the step expects, all n_images in a grid (preview.py).
+    rng may be a name: torch, numpy, philox, mlx. A wrong name of an option raises an SDError that
+    says the right one.
 
     Each picture has the text in picture.info["parameters"] that the command line writes. What that
     has no words for, such as changes, or pictures that are no files, stands in it as "Besides".
@@ -63,14 +67,15 @@ class Studio(sd.StableDiffusion):
         options["source"] = {"image": image} | ({} if mask is None else {"mask": mask})
         return super().inpaint(prompt, image, mask, strength, width, height, **options)
 
-    def paint(self, prompt, task, *, progress=None, source=None, **options):
+    def paint(self, prompt, task, *, progress=None, preview=None, source=None, **options):
         """-> list of PIL pictures, see the class. source: {"image": path, "mask": path} of the
         task's, for the text. Raises SDError, before anything is painted.
         """
         check_names(options)
         options = OPTIONS | options | {"rng": find_generator(options.get("rng"))}
         prompts = prompt if isinstance(prompt, (list, tuple)) else [prompt]
-        walks = [self.generate_latents(text, task=task, **options) for text in prompts]
+        walk = self.generate_latents if preview is None else partial(previewed, self, show=preview)
+        walks = [walk(text, task=task, **options) for text in prompts]
         recipe, besides = describe(self, task, source, options)
         steps, pictures = len(task.timesteps(range(recipe["steps"]))), []
         with follow(progress, steps * len(prompts)) as tell:
@@ -95,6 +100,7 @@ OPTIONS = {  # of generate_latents: {name: default}
     if option.kind is option.KEYWORD_ONLY and name != "task"
 }
 OF_PICTURES = ("image", "mask", "strength")  # what img2img and inpaint take besides
+OF_PAINT = ("preview", "progress")  # what all of them take
 RIGHT = {  # a name elsewhere, mostly in diffusers and AUTOMATIC1111's program: the name here
     "num_inference_steps": "steps", "num_steps": "steps",
     "guidance_scale": "cfg", "cfg_scale": "cfg", "guidance": "cfg", "scale": "cfg",
@@ -111,7 +117,7 @@ RIGHT = {  # a name elsewhere, mostly in diffusers and AUTOMATIC1111's program: 
 
 def check_names(options):
     """SDError that says the right name for each wrong one."""
-    if wrong := [name for name in options if name not in OPTIONS]:
+    if wrong := [name for name in options if name not in (*OPTIONS, *OF_PAINT)]:
         raise sd.SDError(" ".join(map(name_right, wrong)))
 
 
@@ -119,7 +125,7 @@ def name_right(name):
     """ "num_inference_steps" -> "num_inference_steps is called steps here." """
     if name in OF_PICTURES:
         return f"{name} is for img2img and inpaint."
-    known = [*OPTIONS, *OF_PICTURES, "progress"]
+    known = [*OPTIONS, *OF_PICTURES, *OF_PAINT]
     similar = difflib.get_close_matches(name.lower(), [*known, *RIGHT], 1)
     if not similar:
         return f"{name} is not known here; there are {', '.join(known)}."

@@ -174,6 +174,8 @@ def make_parser():
                    help="put all of a prompt into one picture with N rows; default a file each")
     g.add_argument("--save-every", type=int, metavar="N",
                    help="also the picture after every N steps, as NAME-step-010.png")
+    g.add_argument("--preview", action="store_true",
+                   help="show in the terminal what each step expects the picture to become")
     g.add_argument("--quiet", action="store_true", help="say nothing of the progress")
     g.add_argument("--version", action="store_true", help="say which version this is")
     # fmt: on
@@ -392,12 +394,13 @@ def name_useless(args):
         "clip_skip": "1 leaves out no layer" if args.clip_skip == 1 else "",
         "rescale": "at cfg 1 there is no guidance" if args.cfg == 1 else "",
         "upscale_strength": "" if args.upscale else "there is no --upscale",
+        "preview": "with --quiet nothing of the progress is shown" if args.quiet else "",
     }
     found = [(name, vars(args)[name], text) for name, text in why.items() if text]
     found += [("lora", text, "its strength is 0") for text in args.lora if is_zero(text)]
     found += [("controlnet", text, "its weight is 0") for text in args.controlnet if is_zero(text)]
     return [
-        f"{options[name]} {value} has no effect: {text}."
+        f"{options[name]}{'' if value is True else f' {value}'} has no effect: {text}."
         for name, value, text in found
         if name in options
     ]

@@ -81,7 +81,7 @@ def test_the_options_of_the_first_version_are_all_there_with_their_defaults():
         "show_tokens": False, "converted": None, "vae": None,
         # and the newer ones
         "words": [], "upscale": None, "upscale_strength": None, "folder": [], "list": False,
-        "clear": False, "device": None, "quiet": False, "version": False,
+        "clear": False, "device": None, "quiet": False, "version": False, "preview": False,
     }  # fmt: skip
     assert app.parse(["--words", "a", "--embedding", "b"]).embedding == ["a", "b"]
     prompts = lambda *words: [line.prompt for line in app.choose_lines(app.parse(words))]
