@@ -52,7 +52,6 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 import sd
-from sd_more import palettes
 from sd_more.console import command
 from sd_more.formats import (
     diffusers,
@@ -80,6 +79,7 @@ from sd_more.formats.tensors import (
     require,
 )
 from sd_more.formats.torch_files import check_sums, read_legacy, read_zip
+from sd_more.palettes import FLOOR, Original, make_size, pack_flat, write_sized
 
 MERGES = sd.TINY.with_name("merges.txt")
 
@@ -1250,7 +1250,7 @@ def tell(line):
 
 def convert(
     source, output=None, *, dtype="float16", prediction=None, vae=None, safety=None, zero_snr=None,
-    verify=False, bits=None, min_psnr=palettes.FLOOR, check=False, log=tell, made_from="",
+    verify=False, bits=None, min_psnr=FLOOR, check=False, log=tell, made_from="",
 ):  # fmt: skip
     """Write the flat file, by default beside the source, and return its path.
 
@@ -1265,7 +1265,7 @@ def convert(
         raise ConversionError(f"dtype must be {', '.join(sd.DTYPES)}, got {dtype}.")
     if prediction not in (None, "eps", "v"):
         raise ConversionError(f"prediction must be eps or v, got {prediction}.")
-    size = palettes.make_size(bits, min_psnr, check)
+    size = make_size(bits, min_psnr, check)
     source, vae = Path(source), vae and Path(vae)
     asked = {"prediction": prediction, "zero_snr": zero_snr or None}
     with what_was_not_done(source, output):
@@ -1279,7 +1279,7 @@ def convert(
         if size.bits and sd.read_header(source).get("format", "").startswith("sd.py"):
             check_overwriting(output, source, [])
             with blame(source):
-                return palettes.pack_flat(source, output, size, log)
+                return pack_flat(source, output, size, log)
         plan, sources = read_plan(source, vae, safety and Path(safety), asked, verify, log)
         check_overwriting(output, source, plan.found)
         if made_from:
@@ -1293,7 +1293,7 @@ def convert(
             parts = plan.found, dtype, plan.merges, metadata
             clear_stale(output.parent)
             original = find_original(plan, sources) if check else None
-            palettes.write(output, lambda file: write(file, *parts), size, original, log)
+            write_sized(output, lambda file: write(file, *parts), size, original, log)
     count = len(plan.found) + bool(plan.merges)
     log(f"{output}: {count} tensors, {dtype}, {output.stat().st_size / 1e6:.0f} MB")
     return output
@@ -1374,7 +1374,7 @@ def find_original(plan, sources):
             n, name = len(part.prefix), "text_encoder" if kind == "text" else kind
             bare = {key[n:]: each for key, each in tensors.items() if key.startswith(part.prefix)}
             parts[name] = bare, part.layout == ORIGINAL
-    return palettes.Original(arrays, parts)
+    return Original(arrays, parts)
 
 
 def check_output(output):
@@ -1560,7 +1560,7 @@ def make_parser():
     )
     p.add_argument("--bits", metavar="N", help=f"{sized} packed, too; auto: see --min-psnr")
     keeps = "with --bits auto, what each network's answer keeps, in dB (default: %(default)g)"
-    p.add_argument("--min-psnr", type=float, default=palettes.FLOOR, metavar="DB", help=keeps)
+    p.add_argument("--min-psnr", type=float, default=FLOOR, metavar="DB", help=keeps)
     p.add_argument("--check", action="store_true", help="compare the networks with the source's")
     info = "convert nothing, only print what SOURCE is; a flat file may be given, too"
     p.add_argument("--info", action="store_true", help=info)

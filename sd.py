@@ -73,12 +73,12 @@ import math
 import os
 import reprlib
 import sys
-import tempfile
 import unicodedata
 import warnings
 from collections import namedtuple
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import NamedTuple
 
 import mlx.core as mx  # arrays, on the GPU where MLX has one
@@ -913,11 +913,10 @@ class StableDiffusion:
         sd = StableDiffusion("model.safetensors", dtype="float16")
         pictures = sd.txt2img("a red house", seed=42)
 
-    path: a flat file (default: the miniature). dtype: what the text model and the UNet compute in,
-    of DTYPES; default float16 on a GPU, float32 on a CPU. The VAE, whose numbers outgrow float16 in
-    some models, has float32. changes: section 12's; only a DoRA's place among them matters. fast:
-    see section 9. reader: a function (sd, sentences) -> context, to read prompts otherwise than as
-    CLIP does; 77 may grow to a multiple. Everywhere here what the user can fix raises SDError."""
+    path: a flat file (default: the miniature). dtype: of DTYPES, for the text model and the UNet;
+    default float16 on a GPU, float32 on a CPU; the VAE's numbers may outgrow float16, it has
+    float32. changes: section 12's; only a DoRA's place among them matters. fast: see section 9.
+    reader: (sd, sentences) -> context, to read prompts otherwise. SDError: what a user can fix."""
 
     def __init__(self, path=TINY, dtype=None, changes=(), *, fast=True, reader=None):
         config, weights = read_flat(path)
@@ -1212,9 +1211,8 @@ def read_header(path):  # -> {name: text}, a safetensors file's metadata; {} for
 
 
 def read_flat(path, kind="model"):
-    """-> (config, {name: array}) of a flat file, or SDError saying what is wrong with it. kind:
-    "model", whose config is a Config; "lora", "words" (textual inversion), "controlnet": a dict.
-    The arrays are read from the disk only when they are first used."""
+    """-> (config, {name: array, read when first used}) of a flat file; SDError, if it is wrong.
+    kind: "model", with a Config; "lora", "words" (textual inversion), "controlnet": with a dict."""
     path, what = Path(path), kind.replace("words", "textual inversion")
     if not path.is_file():
         raise SDError(f"there is no {what} at {path}: give a flat file, see convert_weights.py.")
@@ -1226,9 +1224,7 @@ def read_flat(path, kind="model"):
         raise SDError(f"{path} {why} python convert_weights.py {path}")
     try:
         weights, config = mx.load(str(path), format="safetensors"), json.loads(metadata["config"])
-        if any(name.endswith(".palette") for name in weights):  # convert_weights.py --bits
-            expect(more := find_more(), "sd_more/", "missing", "there, to look up packed weights")
-            weights = more.join(weights)
+        weights = more.join(weights) if (more := find_more()) else weights  # those of --bits
         if config["kind"] != kind:
             raise SDError(f"it is a {config['kind']}, where a {what} is needed.")
         if kind == "model":
@@ -1238,8 +1234,8 @@ def read_flat(path, kind="model"):
             good = unet_is_whole(config["unet"]) and type(config["pool"]) is bool
             expect(good, "its config", config, "of a network that can be built")
         types = {w.dtype for name, w in weights.items() if name != "tokenizer.merges"}
-        good = types <= {choose_dtype(name) for name in DTYPES}
-        expect(good, "the type of its tensors", types, f"one of {', '.join(DTYPES)}")
+        rule = f"one of {', '.join(DTYPES)}; packed ones need sd_more/"
+        expect(types <= {choose_dtype(name) for name in DTYPES}, "its tensors' type", types, rule)
     except SDError as error:
         raise SDError(f"{path} is of no use here: {error} {RECONVERT}") from None
     except (ValueError, TypeError, LookupError, RecursionError, RuntimeError) as error:
@@ -1292,8 +1288,11 @@ def accelerate(network, dtype, fast=True):
     faster.accelerate(network, table if fast else {}, dtype)
 
 
-def find_more(name="fast"):  # -> that part of sd_more/; None where this file is alone
-    return importlib.util.find_spec("sd_more") and importlib.import_module(f"sd_more.{name}")
+def find_more():  # -> sd_more.fast; None where this file is alone
+    if importlib.util.find_spec("sd_more"):
+        from sd_more import fast
+
+        return fast
 
 
 def read_tokenizer(config, weights):
@@ -1308,8 +1307,7 @@ def write_complete(path, write, overwrite=True):
     """A file that appears complete or not at all: write(file) under another name, then this one.
     -> its path; without overwrite that or the first of path-2, path-3 ... that is free. Locked
     while it is written: what nobody holds locked was left by a process that was killed."""
-    naming = {"prefix": ".", "suffix": PART, "dir": path.parent}
-    with tempfile.NamedTemporaryFile(**naming, delete=False) as file:
+    with NamedTemporaryFile(prefix=".", suffix=PART, dir=path.parent, delete=False) as file:
         try:
             with contextlib.suppress(OSError):  # not every file system knows locks and rights
                 fcntl.flock(file, fcntl.LOCK_EX)
@@ -1746,5 +1744,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__" and Path(sys.argv[0]).resolve() == SOURCE:  # no notebook's cell
-    app = find_more("app")
-    app.main() if app else main()
+    if importlib.util.find_spec("sd_more"):
+        from sd_more.app import main
+
+    main()

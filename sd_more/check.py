@@ -123,14 +123,12 @@ def answer(name, config, original, arguments):
     """-> what the original's network answers; who says so"""
     part = name.split(".")[0]
     if part in original.parts and importlib.util.find_spec("diffusers"):
-        from sd_more import references
+        from sd_more.references import answer_of, load
 
         tensors, layout = original.parts[part]
         try:
             read = {n: t.float32() for n, t in tensors.items()}
-            return references.ask(
-                name, references.load(part, config, read, layout), arguments
-            ), "diffusers"
+            return answer_of(name, load(part, config, read, layout), arguments), "diffusers"
         except NotConvertible as problem:
             sd.say_once(f"not compared with diffusers: {problem}")
     arrays = {n: mx.array(f()) for n, f in original.arrays.items() if n.startswith(f"{part}.")}

@@ -60,7 +60,7 @@ def make_size(bits, min_psnr, check):
     return Size(bits, min_psnr, check)
 
 
-def write(output, write_plain, size, original, log):
+def write_sized(output, write_plain, size, original, log):
     """write_plain(file): writes the flat file without palettes; original: for check"""
 
     def write_small(file):

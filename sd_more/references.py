@@ -81,7 +81,7 @@ def load(name, config, tensors, original):
     return network.eval()
 
 
-def ask(name, network, arguments):
+def answer_of(name, network, arguments):
     """-> its answer to arguments as sd_more/check.py makes them: channels last, before and after"""
     with torch.no_grad():
         x, *more = [
