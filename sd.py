@@ -129,13 +129,13 @@ class SDError(ValueError):
 #              loss     = mean of (unet(x, t, text) - eps)^2      (models/diffusion/ddpm.py:1012)
 #              change the weights a little so that the loss falls (averages of them are published)
 #
-# Many pictures, each with its own noise, could have made the same x, some likelier than others.
-# The answer of least squared error is the mean of them all: at a large t, the x0 that follows from
-# it is a blur of all pictures that x might come from; at a small t fine grain and noise look alike,
-# and the answered eps has a variance well below the noise's 1. The blur is why there are many
-# steps. A single one from 999 to 0 would land on it. Instead take only a part of the noise away and
-# ask again: with less noise fewer pictures are possible, and their mean is sharper. A thousand
-# steps are not needed, either; section 7 says why 50 will do.
+# Many pictures, each with its own noise, could have made the same x, some likelier than others. The
+# answer of least squared error is the mean of them all: at a large t, the x0 that follows from it
+# is a blur of all pictures that x might come from; at the smallest t fine grain and noise look
+# alike, and the answered eps has a variance well below the noise's 1. The blur is why there are
+# many steps. A single one from 999 to 0 would land on it. Instead take only a part of the noise
+# away and ask again: with less noise fewer pictures are possible, and their mean is sharper. A
+# thousand steps are not needed, either; section 7 says why 50 will do.
 #
 # Two more ways to say the same. The mean eps points away from where pictures are: -eps / sqrt(1 -
 # abar) is the gradient of log p(x), the score [10], p being how probable x is at this t. And since
@@ -604,8 +604,8 @@ class TransformerBlock(nn.Module):
 
 
 # Half the height and width: a convolution that takes every second step, over a picture with zeros
-# added: in the VAE (zeros_before=0) below and right of it, in the UNet (1) all round, which gives
-# other numbers. (modules/diffusionmodules/openaimodel.py:134, model.py:60)
+# added: in the VAE (zeros_before=0) below and right of it, in the UNet (1) all round. Either, in
+# the other's place, shifts it by one. (modules/diffusionmodules/openaimodel.py:134, model.py:60)
 class Downsample(nn.Module):
     def __init__(self, c, zeros_before=1):
         super().__init__()
@@ -973,11 +973,11 @@ class StableDiffusion:
         Classifier-free guidance [6]: ask without the prompt, which is "" (in training it stood in a
         caption's place now and then), and with it, and go from the first answer to the second and
         beyond: eps = eps_uncond + cfg (eps_text - eps_uncond). Why beyond? A prompt names little of
-        what is in a picture, so it changes the answer little. Minus the difference is, up to a
-        factor, the gradient of log p(prompt | x), and eps is what is taken away: so cfg times the
-        difference leads to where the prompt fits better, as if p(x) p(prompt | x)^cfg were drawn
-        from. 1 is the second answer itself, and the first is not asked for; 3 is loose, 7.5 usual,
-        at 15 and more colours burn out. It costs variety, and twice the time. ([6]'s w is cfg - 1.)
+        what is in a picture, so it changes the answer little. What it changes is, by Bayes' rule
+        and up to a factor, the gradient of log p(prompt | x): the way to where the prompt fits
+        better. cfg says how many times as far to go. 1 is the second answer itself, and the first
+        is not asked for; 3 is loose, 7.5 usual, at 15 colours may burn out. It costs variety, and
+        twice the time. ([6]'s w is cfg - 1.)
         """
 
         def denoise(x, t):
