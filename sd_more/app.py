@@ -263,7 +263,7 @@ class Painter:
             "negative_prompt": line.negative_prompt, "width": line.width, "height": line.height,
             "rng": GENERATORS[line.rng], "n_images": count, "seed": seed,
         }  # fmt: skip
-        prompt = line.prompt if line.plain_prompt else without_loras(line.prompt)[0]
+        prompt = read_prompt(line)
         task, model = self.task, self.model
         name_size(*task.size(model.config, line.width, line.height), model.config)
 
@@ -341,11 +341,14 @@ class Painter:
         return pictures
 
     def save(self, picture, path, line, seed, size=None, images=1):
+        """-> where it is."""
         width, height = size or picture.size  # before it was enlarged, or put into rows
         recipe = vars(line) | self.recipe | choose_habits(line, self.model.config)
         recipe |= {} if line.guidance is None else {"cfg": line.guidance}
         text = write_parameters(recipe, line.prompt, seed, width, height, images)
-        sd.say(f"saved {save_picture(picture, path, text)}", sys.stdout)
+        path = save_picture(picture, path, text)
+        sd.say(f"saved {path}", sys.stdout)
+        return path
 
 
 class Enlarged(ImageToImage):
@@ -361,8 +364,9 @@ def progress(args, text, end="\n"):
         sd.say(text, end=end)
 
 
-def make_painter(args, show):
-    model = load_model(args)
+def make_painter(args, show=None, load=None):
+    """show: for --preview; load: in load_model's place, for who keeps a model between calls."""
+    model = (load or load_model)(args)
     task = make_task(args, model.config)
     if args.controlnet:
         model = model.controlled(*load_controls(args, model, task))
@@ -404,14 +408,17 @@ def run(args):
     check(args)
     lines = choose_lines(args)
     add_loras(args, [line.prompt for line in lines])
-    read = [x.prompt if x.plain_prompt else without_loras(x.prompt)[0] for x in lines]
     if args.show_tokens:
         model = load_model(args)
-        for prompt in read:
+        for prompt in map(read_prompt, lines):
             show_tokens(model, prompt)
         return
     with open_preview(args) as show:
-        paint_all(args, lines, read, show)
+        painter = prepare(args, lines, show)
+        total = sum(len(line.seed) * line.n_images for line in lines)
+        for line, seed, count, number in share_of_this_process(lines):
+            progress(line, f"painting {number} of {total}, seed {seed}")
+            painter.paint(line, seed, count, number)
 
 
 def open_preview(args):
@@ -421,17 +428,19 @@ def open_preview(args):
     return screen(sys.stderr, os.environ, lambda: sys.stdout.lines + sys.stderr.lines)
 
 
-def paint_all(args, lines, read, show):
-    """read: the lines' prompts, without LoRAs."""
-    painter = make_painter(args, show)
+def read_prompt(line):
+    return line.prompt if line.plain_prompt else without_loras(line.prompt)[0]
+
+
+def prepare(args, lines, show=None, load=None):
+    """-> a Painter, after the last checks, which need a model. show, load: see make_painter."""
+    painter = make_painter(args, show, load)
     whole = type(painter.task) in (TextToImage, ImageToImage)
     if not whole and any(line.upscale for line in lines):
         raise SDError("--upscale is for whole pictures, not for a part that is painted anew.")
     for line in lines:
         line.lora, line.guidance = args.lora, args.guidance
         line.cfg = line.cfg if args.guidance is None else args.cfg
-    name_unused(painter.model, [*read, *(line.negative_prompt for line in lines)])
-    total = sum(len(line.seed) * line.n_images for line in lines)
-    for line, seed, count, number in share_of_this_process(lines):
-        progress(line, f"painting {number} of {total}, seed {seed}")
-        painter.paint(line, seed, count, number)
+    prompts = [*map(read_prompt, lines), *(line.negative_prompt for line in lines)]
+    name_unused(painter.model, prompts)
+    return painter
