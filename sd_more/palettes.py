@@ -26,7 +26,7 @@ import sd
 from sd_more.check import FLOOR, Original, ask, build, check, inputs, psnr
 from sd_more.formats import palettes
 from sd_more.formats.tensor_files import make_header, read_safetensors
-from sd_more.formats.tensors import require
+from sd_more.formats.tensors import NotConvertible, require
 from sd_more.vae import read_kind
 
 KINDS = ("model", "controlnet")  # that have palettes
@@ -65,7 +65,8 @@ def write_sized(output, write_plain, size, original, log):
 
     def write_small(file):
         with tempfile.NamedTemporaryFile(prefix=".", suffix=sd.PART, dir=output.parent) as plain:
-            fcntl.flock(plain, fcntl.LOCK_EX)  # others remove what nobody holds
+            with contextlib.suppress(OSError):  # not every file system knows locks
+                fcntl.flock(plain, fcntl.LOCK_EX)  # others remove what nobody holds
             write_plain(plain)
             plain.flush()
             write_packed(Path(plain.name), file, size, log)
@@ -124,7 +125,7 @@ def write_packed(plain, file, size, log):
         return pack_tensor(name, tensor, chosen[name]) if name in chosen else [tensor.raw()]
 
     file.write(make_header(entries, metadata))
-    cores = len(os.sched_getaffinity(0))
+    cores = os.cpu_count() or 1
     with ThreadPoolExecutor(cores) as pool:
         for i in range(0, len(names), 2 * cores):
             few = names[i : i + 2 * cores]
@@ -151,7 +152,7 @@ def read_half(name, tensor):  # -> float16
 # and what different tensors cause adds up, as noise of independent sources does. That is only an
 # estimate. So in the end the whole network is asked, and the limit lowered by what is missing.
 
-TRIED = 4
+TRIED, MOST_TIMES = 4, 50
 LEVELS = (16, 8, 6, 4, 2)  # 16: no palette
 
 
@@ -174,18 +175,20 @@ def choose_bits(plain, floor, log):
 def choose_for_network(part, network, answer, halves, floor, log):
     """halves: {name: function -> its weights, float16}"""
     truth, errors = answer(), {}
+    require(np.isfinite(truth).all(), f"its {part} answers with numbers that are none (NaN)")
     largest = float(np.abs(truth).max())
     for i, (name, half) in enumerate(halves.items(), 1):
         weights = half()
         table = palettes.squared_errors(weights)
         with exchanged(network, {name: look_up(weights, TRIED)}):
             error = float(np.mean((np.asarray(answer(), np.float64) - truth) ** 2))
-        scale = error / table[TRIED] if table[TRIED] else 0
-        errors[name] = {16: 0.0} | {bits: scale * e for bits, e in table.items()}
-        log(f"{part}: tried {i} of {len(halves)} tensors")
+        scale = error / table[TRIED] if table[TRIED] else np.inf
+        errors[name] = {16: 0.0} | {bits: scale * e if e else 0.0 for bits, e in table.items()}
+        if i % 20 == 0:
+            log(f"{part}: tried {i} of {len(halves)} tensors")
     sizes = {name: half().size for name, half in halves.items()}
     limit = (largest / 10 ** (floor / 20)) ** 2
-    while True:
+    for _ in range(MOST_TIMES):
         chosen = spend(errors, sizes, limit)
         changed = {name: look_up(halves[name](), bits) for name, bits in chosen.items()}
         with exchanged(network, changed):
@@ -195,6 +198,7 @@ def choose_for_network(part, network, answer, halves, floor, log):
         if found >= floor:
             return chosen
         limit *= 10 ** ((found - floor) / 10) * 0.9
+    raise NotConvertible(f"no choice of bits was found for its {part} that keeps {floor:g} dB")
 
 
 def look_up(half, bits):

@@ -22,13 +22,13 @@ PLACES = 2048  # to each side of all ends of intervals that are tried at a time,
 def may_have(name, shape):
     """Whether a tensor of that name and shape (channels last) becomes a palette: the matrices of
     linear layers and convolutions. Not embeddings, which are read a row at a time, nor the VAE,
-    whose errors would be seen as they are; nor rows that do not divide into whole bytes.
+    whose errors would be seen as they are; nor what would not be a multiple of 8 bytes.
     """
     network, _, rest = name.partition(".")
     size = np.prod(shape, dtype=np.int64)
     good = network in ("text_encoder", "unet", "controlnet") and rest.endswith(".weight")
     good = good and "embedding" not in rest and len(shape) > 1
-    return bool(good and shape[-1] % 8 == 0 and size >= FEWEST)
+    return bool(good and shape[-1] % 8 == 0 == size % 32 and size >= FEWEST)
 
 
 # %% The best table --------------------------------------------------------------------------------
