@@ -73,12 +73,12 @@ import math
 import os
 import reprlib
 import sys
+import tempfile
 import unicodedata
 import warnings
 from collections import namedtuple
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import NamedTuple
 
 import mlx.core as mx  # arrays, on the GPU where MLX has one
@@ -1304,23 +1304,23 @@ def read_tokenizer(config, weights):
 
 
 def write_complete(path, write, overwrite=True):
-    """A file that appears complete or not at all: write(file) under another name, then this one.
-    -> its path; without overwrite that or the first of path-2, path-3 ... that is free. Locked
-    while it is written: what nobody holds locked was left by a process that was killed."""
-    with NamedTemporaryFile(prefix=".", suffix=PART, dir=path.parent, delete=False) as file:
-        try:
+    """write(file) under another name, locked, then rename it: complete or not there at all. -> its
+    path; without overwrite path-2 ..., if it is taken. A killed process leaves what is unlocked."""
+    number, part = tempfile.mkstemp(PART, ".", path.parent)
+    try:
+        with open(part, "wb", opener=lambda *_: number) as file:  # for write, its name is file.name
             with contextlib.suppress(OSError):  # not every file system knows locks and rights
                 fcntl.flock(file, fcntl.LOCK_EX)
-                os.fchmod(file.fileno(), 0o644)  # tempfile's are for their owner only
+                os.fchmod(number, 0o644)  # mkstemp's files are for their owner only
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(number)
             if overwrite:
-                os.replace(file.name, path)
-            return path if overwrite else link_free(file.name, path)
-        finally:  # after Ctrl-C, too
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(file.name)
+                os.replace(part, path)
+            return path if overwrite else link_free(part, path)
+    finally:  # after Ctrl-C, too
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(part)
 
 
 def link_free(part, path):  # -> the name at which the file is now

@@ -82,7 +82,8 @@ def write_sized(output, write_plain, size, original, log):
 
 def pack_flat(source, output, size, log):
     """source: a flat file; -> output"""
-    sd.read_flat(source, read_kind(source))  # what is wrong with it is said here
+    kind = read_kind(source)
+    sd.read_flat(source, kind if isinstance(kind, str) else "model")  # what is wrong is said here
     tensors, _, _ = find_weights(source)
     arrays = {n: t.float32 for n, t in tensors.items() if n != "tokenizer.merges"}
 

@@ -464,7 +464,7 @@ def packed_case(rng, bench, folder):
         path = change_flat(rng, bench, folder, "packed")
         return lambda: use(path, "model", folder)
     path = change_flat(rng, bench, folder, rng.choice(("whole", "control", "lora", "lcm")))
-    bits, output = rng.choice((2, 4, 6)), folder / "out.flat.safetensors"
+    bits, output = rng.choice((2, 4)), folder / "out.flat.safetensors"
     return lambda: convert_weights.convert(path, output, bits=bits, log=sd.say)
 
 

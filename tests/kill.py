@@ -126,7 +126,7 @@ def watch_open(around):
         if mode == "xb":
             return reserve(path, mode, *args, **options)
         file = real(path, mode, *args, **options)
-        return File(file, around) if mode == "wb" and isinstance(path, int) else file
+        return File(file, around) if mode == "wb" and str(path).endswith(PART) else file
 
     builtins.open = watched
 

@@ -209,7 +209,7 @@ def test_a_grid_needs_all_pictures(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "module, name", [(sd, "NamedTemporaryFile"), (Image.Image, "save"), (sd.os, "fsync")]
+    "module, name", [(sd.tempfile, "mkstemp"), (Image.Image, "save"), (sd.os, "fsync")]
 )
 def test_a_picture_that_cannot_be_saved_leaves_nothing(tmp_path, monkeypatch, module, name):
     """Neither half a picture nor the empty file that keeps a name free."""

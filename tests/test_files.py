@@ -270,7 +270,7 @@ def test_a_file_appears_complete_or_not_at_all(tmp_path, monkeypatch):
     assert path.stat().st_mode & 0o777 == 0o644
     before = {file: file.read_bytes() for file in tmp_path.iterdir()}
     full = raising(OSError(28, "No space left on device"))
-    for module, name in ((sd, "NamedTemporaryFile"), (sd.os, "fsync")):
+    for module, name in ((sd.tempfile, "mkstemp"), (sd.os, "fsync")):
         with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
             patch.setattr(module, name, full)
             sd.write_complete(path, say(b"newer"), overwrite=False)

@@ -437,7 +437,7 @@ def test_weights_are_floating_point(small, tmp_path, dtype):
     _, config, weights = small
     name = next(name for name in weights if name.startswith("unet."))
     weights = weights | {name: mx.zeros(weights[name].shape, dtype)}
-    with pytest.raises(sd.SDError, match="type of its tensors"):
+    with pytest.raises(sd.SDError, match="its tensors' type"):
         sd.StableDiffusion(write_file(tmp_path / "int.safetensors", config, weights))
 
 

@@ -146,7 +146,7 @@ def settle(x, ends, sums):
     """Lloyd's rule, until nothing moves. -> the table"""
     (n, first, _), k = sums, len(ends) - 1
     while True:
-        ends = np.unique(ends)  # an interval of nothing has no mean
+        ends = ends[np.diff(ends, prepend=-1) > 0]  # an interval of nothing has no mean
         table = np.diff(first[ends]) / np.diff(n[ends])
         new = np.searchsorted(x, (table[1:] + table[:-1]) / 2)
         if np.array_equal(new, ends[1:-1]):
