@@ -666,8 +666,11 @@ def test_what_was_typed_ahead_is_kept(play):
     (PLAIN | {"NO_COLOR": "1"}, (24, 80), "utf-8", "NO_COLOR"),
     (PLAIN, (24, 44), "utf-8", "fewer than 45 columns"), (PLAIN, (24, 80), "ascii", "not in ascii"),
 ])  # fmt: skip
-def test_where_nothing_can_be_shown_it_is_said_once(play, capsys, env, size, encoding, why):
+def test_where_nothing_can_be_shown_it_is_said_once(
+    play, monkeypatch, capsys, env, size, encoding, why
+):
     played = play(ANSWERS["xterm"][0], size=(*size, 0, 0))
+    monkeypatch.setattr(terminal, "TIMEOUT", 0.3)  # it answers once
     with open(os.dup(played.slave), "w", encoding=encoding) as stream:
         for _ in range(2):
             with screen(stream, env) as show:
