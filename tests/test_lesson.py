@@ -161,7 +161,7 @@ def test_close_tells_float_noise_from_other_numbers(text, other, good):
 
 
 @pytest.mark.notebook
-@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("alone", [False, True], ids=["whole", "alone"])
 def test_it_runs_and_shows_what_is_written_in_it(alone, tmp_path):
     """From the top in a clean kernel, with sd_more/ and with sd.py alone: no cell fails, and every
     output is the committed one: text but for float noise, pictures but for the chosen colours."""
