@@ -1271,14 +1271,14 @@ def convert(
     with what_was_not_done(source, output):
         source = fetch(source, log)
         place = Path(os.path.abspath(source)) if source.is_dir() else source  # "." has no name
-        beside = place.parent / name_output(place, size.bits)
-        if hub.whence(place):  # not into the hub's cache
-            beside = Path(name_output(place, size.bits))
-        output = Path(output or beside)
+        home = Path() if hub.whence(place) else place.parent  # not into the hub's cache
+        output = Path(output or home / name_output(place, size.bits))
         check_output(output)
         if size.bits and sd.read_header(source).get("format", "").startswith("sd.py"):
             check_overwriting(output, source, [])
             with blame(source):
+                more = vae or safety or verify or any(asked.values())
+                require(not more, "it is flat already, and then only --bits and --check count")
                 return pack_flat(source, output, size, log)
         plan, sources = read_plan(source, vae, safety and Path(safety), asked, verify, log)
         check_overwriting(output, source, plan.found)

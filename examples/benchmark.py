@@ -1,7 +1,7 @@
 """Speed and memory of sd.py and of what people would pick instead: one run, the same weights.
 
     pip install -e '.[test,benchmark]'
-    python examples/benchmark.py                            everything, in an hour on two cores
+    python examples/benchmark.py                            everything, in some hours on two cores
     python examples/benchmark.py --only unet decode         some of it, see --help
     python examples/benchmark.py --sizes 2.1                Stable Diffusion 2.1 at 768 x 768
     python examples/benchmark.py --model folder             a diffusers folder's weights, not random

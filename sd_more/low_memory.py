@@ -1,7 +1,7 @@
 """In little memory: one network at a time, one sentence at a time, the VAE in tiles.
 
-With Stable Diffusion 1.5 at 512 x 512 it takes some 2.1 GiB. The price is to read the weights again
-for each run.
+With Stable Diffusion 1.5 at 512 x 512 it takes some 1.8 GiB, and 1.1 with palettes of 6 bits. The
+price is to read the weights again for each run.
 """
 
 import contextlib

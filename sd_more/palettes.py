@@ -57,6 +57,8 @@ def make_size(bits, min_psnr, check):
     sd.expect(bits in (None, "auto", *palettes.BITS), "bits", bits, "2, 4, 6, 8 or auto")
     good = isinstance(min_psnr, (int, float)) and 0 < min_psnr < 200
     sd.expect(good, "min_psnr", min_psnr, "between 0 and 200 dB")
+    if min_psnr != FLOOR and bits != "auto":
+        sd.say_once("--min-psnr has no effect without --bits auto.")
     return Size(bits, min_psnr, check)
 
 
@@ -71,13 +73,20 @@ def write_sized(output, write_plain, size, original, log):
             plain.flush()
             write_packed(Path(plain.name), file, size, log)
 
-    def write_checked(file):
-        (write_small if size.bits else write_plain)(file)
+    write_checked(output, write_small if size.bits else write_plain, size, original, log)
+
+
+def write_checked(output, fill, size, original, log):
+    """fill(file): writes it. What does not pass the check, if there is one, is not there."""
+
+    def write(file):
+        fill(file)
         if size.check:
             file.flush()
-            check_file(Path(file.name), original, log)
+            config = json.loads(sd.read_header(Path(file.name))["config"])
+            check(Path(file.name), config["kind"], config, original, log=log)
 
-    sd.write_complete(output, write_checked)
+    sd.write_complete(output, write)
 
 
 def pack_flat(source, output, size, log):
@@ -86,21 +95,10 @@ def pack_flat(source, output, size, log):
     sd.read_flat(source, kind if isinstance(kind, str) else "model")  # what is wrong is said here
     tensors, _, _ = find_weights(source)
     arrays = {n: t.float32 for n, t in tensors.items() if n != "tokenizer.merges"}
-
-    def write_checked(file):
-        write_packed(source, file, size, log)
-        if size.check:
-            file.flush()
-            check_file(Path(file.name), Original(arrays, {}), log)
-
-    sd.write_complete(output, write_checked)
+    fill = functools.partial(write_packed, source, size=size, log=log)
+    write_checked(output, fill, size, Original(arrays, {}), log)
     log(f"{output}: {output.stat().st_size / 1e6:.0f} MB")
     return output
-
-
-def check_file(flat, original, log):
-    config = json.loads(sd.read_header(flat)["config"])
-    check(flat, config["kind"], config, original, log=log)
 
 
 def write_packed(plain, file, size, log):

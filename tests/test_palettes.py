@@ -385,6 +385,7 @@ def test_palettes_of_what_has_none_are_refused(lora, tmp_path, refused, smaller)
     refused(smaller[6], "it has palettes already", options=["--bits", 4])
     refused(sd.TINY, "bits must be 2, 4, 6, 8 or auto", "5", options=["--bits", 5])
     refused(sd.TINY, "min_psnr", options=["--bits", "auto", "--min-psnr", "nan"])
+    refused(sd.TINY, "only --bits and --check", options=["--bits", 4, "--prediction", "v"])
     flat = shutil.copy(sd.TINY, tmp_path / "flat.safetensors")
     refused(flat, "is what is being converted", options=["--bits", 6, "-o", flat])
 
